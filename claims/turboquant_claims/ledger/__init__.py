@@ -1,7 +1,7 @@
 """What was claimed, by whom, and which result would confirm or refute it: the ledger and its rules.
 
 One TOML file a source. Everything that decides a verdict is fixed there before a run; `load` refuses a ledger
-whose cells could flip by luck (the power rule), that repeats itself or that has a key this file does not know.
+whose cells could flip by luck (the power rule), that repeats itself or that has an unknown key.
 """
 
 import hashlib
@@ -609,7 +609,13 @@ def _check_standing(claim: Claim, cell: CellSpec, region: Region) -> None:
 
 def _check_power(claim: Claim, cell: CellSpec, region: Region) -> None:
     """The power rule: the declared n must make the verdict a property of the design, not luck."""
-    if claim.kind not in STATISTICAL or claim.standing_of(cell).verdict == "inconclusive":
+    if claim.kind not in STATISTICAL:
+        return
+    in_trials = claim.kind in ("law", "noninferior") or (claim.kind == "bound" and cell.n is not None)
+    clusters = claim.clusters_of(cell)
+    if not in_trials and (clusters is None or clusters < FEWEST_CLUSTERS):
+        raise ValueError(f"a cell of kind {claim.kind} needs clusters >= {FEWEST_CLUSTERS}, not {clusters}")
+    if claim.standing_of(cell).verdict == "inconclusive":
         return
     if cell.expected is None:
         raise ValueError(
@@ -617,25 +623,20 @@ def _check_power(claim: Claim, cell: CellSpec, region: Region) -> None:
         )
     n = claim.n_of(cell)
     if n is None:
-        raise ValueError(f"a cell of kind {claim.kind} needs clusters or n")
+        raise ValueError(f"a cell of kind {claim.kind} needs n")
     if claim.kind == "law":
         _check_reach(n, "n", cell.expected, _proportion(region), law_reach)
-    elif claim.kind == "noninferior" or (claim.kind == "bound" and cell.n is not None):
+    elif in_trials:
         _check_trials(n, cell.expected, _proportion(region))
     else:
-        clusters, sd = claim.clusters_of(cell), cell.sd
-        if clusters is None or clusters < FEWEST_CLUSTERS:
-            raise ValueError(
-                f"a cell of kind {claim.kind} needs clusters >= {FEWEST_CLUSTERS}, not {clusters}"
-            )
-        if sd is None:
+        if cell.sd is None:
             raise ValueError(f"a cell of kind {claim.kind} needs sd (the standard deviation of one cluster)")
-        spread = 10 * sd * (MEDIAN_COST if claim.kind == "ratio" else 1.0)
-        _check_reach(clusters, "clusters", cell.expected, region, lambda more: spread / math.sqrt(more))
+        spread = 10 * cell.sd * (MEDIAN_COST if claim.kind == "ratio" else 1.0)
+        _check_reach(clusters or 0, "clusters", cell.expected, region, lambda more: spread / math.sqrt(more))
 
 
 def law_reach(n: int) -> float:
-    """How far from an edge a Kolmogorov-Smirnov distance must be: the band of n samples and its own spread."""
+    """How far from an edge a Kolmogorov-Smirnov distance must be: its band for n samples and its spread."""
     return dkw_half_width(n) + math.sqrt(math.log(2 / FLIP) / (2 * n))
 
 
@@ -673,8 +674,8 @@ def _check_trials(n: int, expected: float, region: Region) -> None:
             enough = smallest_n(lambda more: _trials_settle(more, expected, region))
         remedy = f"n = {enough} would do" if enough else "no n would do: move the region or the measurement"
         raise ValueError(
-            f"underpowered: with n = {n} trials at the expected proportion {expected:g}, chance may carry the "
-            f"interval across an edge of {region}. {remedy} (or the standing is inconclusive)"
+            f"underpowered: with n = {n} trials at the expected proportion {expected:g}, chance may carry "
+            f"the interval across an edge of {region}. {remedy} (or the standing is inconclusive)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with these ledger files? `python -m turboquant_claims.ledger [FILES]` prints every problem."""
+"""What is wrong with ledger files? `python -m turboquant_claims.ledger [FILES]` prints every problem."""
 
 import sys
 from pathlib import Path
