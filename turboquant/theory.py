@@ -1,10 +1,10 @@
 """What do the exact laws and the paper's theorems say? Figures without sampling, in numpy and scipy alone.
 
-A coordinate of a uniform point on the unit sphere S^(d-1) has a (scaled, symmetric) Beta law. Everything here is
-written for the *scaled* coordinate z = sqrt(d) * coordinate, which has variance 1 at every d and tends to the standard
-normal, so that a codebook and its distortion E||x - x_hat||^2 (unit x) have the same units for every d; `dim=None`
-means that Gaussian limit. Partial moments are closed forms (incomplete beta and gamma functions), so no quadrature
-error enters. Paper: arXiv:2504.19874v1, section 3.
+A coordinate of a uniform point on the unit sphere S^(d-1) has a (scaled, symmetric) Beta law. Everything here
+is written for the *scaled* coordinate z = sqrt(d) * coordinate, which has variance 1 at every d and tends to
+the standard normal, so that a codebook and its distortion E||x - x_hat||^2 (unit x) have the same units for
+every d; `dim=None` means that Gaussian limit. Partial moments are closed forms (incomplete beta and gamma
+functions), so no quadrature error enters. Paper: arXiv:2504.19874v1, section 3.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def coordinate_pdf(t: ArrayLike, dim: int) -> Array:
     log_constant = -special.betaln(0.5, (dim - 1) / 2)
     inside = np.abs(t) <= 1
     with np.errstate(divide="ignore"):
-        density = np.exp(log_constant + special.xlogy((dim - 3) / 2, np.where(inside, (1 - t) * (1 + t), 1.0)))
+        density = np.exp(
+            log_constant + special.xlogy((dim - 3) / 2, np.where(inside, (1 - t) * (1 + t), 1.0))
+        )
     return np.where(inside, density, 0.0)
 
 
@@ -105,7 +107,7 @@ def coordinate_cdf(t: ArrayLike, dim: int) -> Array:
     check_dim(dim)
     t = np.clip(np.asarray(t, dtype=np.float64), -1.0, 1.0)
     tail = 0.5 * special.betaincc(0.5, (dim - 1) / 2, t * t)
-    return np.where(t >= 0, 1.0 - tail, tail)
+    return _float64(np.where(t >= 0, 1.0 - tail, tail))
 
 
 def mean_abs_coordinate(dim: int) -> float:
@@ -121,8 +123,13 @@ def mean_abs_coordinate(dim: int) -> float:
     return float(special.beta(dim / 2, 0.5)) / math.pi
 
 
+def _float64(values: ArrayLike) -> Array:
+    """scipy's results, which carry no types."""
+    return np.asarray(values, dtype=np.float64)
+
+
 class _Law:
-    """Upper-tail moments of |z|-side of the symmetric, variance-1 coordinate law: what cells are integrated with."""
+    """Tail probabilities and moments of the symmetric, variance-1 coordinate law."""
 
     def __init__(self, dim: int | None) -> None:
         self.dim = dim
@@ -138,8 +145,10 @@ class _Law:
     def tail(self, z: Array) -> Array:
         """P(Z > z) for z >= 0."""
         if self.dim is None:
-            return special.ndtr(-z)
-        return 0.5 * special.betaincc(0.5, (self.dim - 1) / 2, np.minimum((z / self.edge) ** 2, 1.0))
+            return _float64(special.ndtr(-z))
+        return _float64(
+            0.5 * special.betaincc(0.5, (self.dim - 1) / 2, np.minimum((z / self.edge) ** 2, 1.0))
+        )
 
     def first_moment_tail(self, z: Array) -> Array:
         """E[Z; Z > z] for z >= 0."""
@@ -151,9 +160,9 @@ class _Law:
     def compander_quantile(self, u: Array) -> Array:
         """Point below which a share u of the density pdf^(1/3), folded to z >= 0, lies (Panter-Dite)."""
         if self.dim is None:
-            return math.sqrt(3.0) * special.ndtri(0.5 + 0.5 * u)
+            return _float64(math.sqrt(3.0) * special.ndtri(0.5 + 0.5 * u))
         # (1 - t^2)^((d-3)/6) is again a coordinate law, of the fractional dimension d/3 + 2.
-        return self.edge * np.sqrt(special.betaincinv(0.5, (self.dim / 3 + 1) / 2, u))
+        return _float64(self.edge * np.sqrt(special.betaincinv(0.5, (self.dim / 3 + 1) / 2, u)))
 
     def cells(self, edges: Array) -> tuple[Array, Array]:
         """Probability and first moment of each cell between ascending edges, all >= 0."""
@@ -162,20 +171,20 @@ class _Law:
 
 @lru_cache(maxsize=512)
 def _half_codebook(bits: int, dim: int | None) -> tuple[Array, Array]:
-    """Positive thresholds and centroids of the Lloyd-Max optimum; the law is symmetric, and so is the optimum."""
+    """Positive thresholds and centroids of the Lloyd-Max optimum, which is symmetric as the law is."""
     law = _Law(dim)
     count = 2 ** (bits - 1)
     inner = law.compander_quantile(np.arange(1, count) / count)
 
-    def residual(inner: Array) -> tuple[Array, Array, Array, Array]:
+    def residual(inner: Array) -> tuple[Array, Array, Array]:
         edges = np.concatenate([[0.0], inner, [law.edge]])
         mass, moment = law.cells(edges)
         centroids = moment / mass
-        return inner - 0.5 * (centroids[:-1] + centroids[1:]), edges, mass, centroids
+        return inner - 0.5 * (centroids[:-1] + centroids[1:]), mass, centroids
 
     for _ in range(20):  # Lloyd's steps, to come near enough for Newton's to converge from any dim and bits
         inner = inner - residual(inner)[0]
-    best, edges, mass, centroids = residual(inner)
+    best, mass, centroids = residual(inner)
     for _ in range(60):
         if count == 1 or np.max(np.abs(best)) < _CONVERGED:
             break
@@ -193,7 +202,7 @@ def _half_codebook(bits: int, dim: int | None) -> tuple[Array, Array]:
             if np.all(np.diff(np.concatenate([[0.0], trial, [law.edge]])) > 0):
                 found = residual(trial)
                 if np.max(np.abs(found[0])) < norm:
-                    inner, (best, edges, mass, centroids) = trial, found
+                    inner, (best, mass, centroids) = trial, found
                     break
             size *= 0.5
         else:  # rounding is all that is left
@@ -256,7 +265,11 @@ def quantized_distortion(centroids: ArrayLike, dim: int | None) -> float:
         ValueError: If the levels are not symmetric, or not finite.
     """
     levels = np.unique(np.asarray(centroids, dtype=np.float64))
-    if not levels.size or not np.all(np.isfinite(levels)) or not np.allclose(levels, -levels[::-1], atol=1e-9):
+    if (
+        not levels.size
+        or not np.all(np.isfinite(levels))
+        or not np.allclose(levels, -levels[::-1], atol=1e-9)
+    ):
         raise ValueError("centroids must be finite and symmetric about 0 (each level with its negative)")
     law = _Law(dim)
     half = levels[levels.size // 2 :]  # an odd number of levels has 0 as its first
@@ -274,8 +287,8 @@ def grid_levels(bits: int, dim: int | None) -> tuple[tuple[float, ...], float, f
         dim: Dimension of the vectors, at least 2; None for the Gaussian limit.
 
     Returns:
-        The positive levels L + 1/2 (2^(bits-1),), the scale that divides them to give scaled coordinates, and the
-        distortion E||x - x_hat||^2 of the resulting symmetric codebook.
+        The positive levels L + 1/2 (2^(bits-1),), the scale that divides them to give scaled coordinates, and
+        the distortion E||x - x_hat||^2 of the resulting symmetric codebook.
     """
     check_bits(bits, 1, GRID_MAX_BITS)
     half = _half_codebook(bits, dim)[1]
@@ -292,7 +305,7 @@ def grid_levels(bits: int, dim: int | None) -> tuple[tuple[float, ...], float, f
 
 
 def _best_scale(levels: Array, dim: int | None, scale: float) -> float:
-    """The divisor of fixed levels at which rounding to the nearest of them distorts least (a Lloyd iteration)."""
+    """The divisor of fixed levels at which rounding to the nearest distorts least (a Lloyd iteration)."""
     law = _Law(dim)
     for _ in range(30):
         half = levels / scale
@@ -358,7 +371,7 @@ def mse_upper_bound(bits: float) -> float:
     Source:
         arXiv:2504.19874v1, Theorem 1.
     """
-    return math.sqrt(3) * math.pi / 2 * 4.0**-bits
+    return float(math.sqrt(3) * math.pi / 2 * 4.0**-bits)
 
 
 def mse_lower_bound(bits: float) -> float:
@@ -367,7 +380,7 @@ def mse_lower_bound(bits: float) -> float:
     Source:
         arXiv:2504.19874v1, Theorem 3.
     """
-    return 4.0**-bits
+    return float(4.0**-bits)
 
 
 def prod_upper_bound(bits: float, dim: int) -> float:
@@ -376,7 +389,7 @@ def prod_upper_bound(bits: float, dim: int) -> float:
     Source:
         arXiv:2504.19874v1, Theorem 2.
     """
-    return math.sqrt(3) * math.pi**2 / check_dim(dim) * 4.0**-bits
+    return float(math.sqrt(3) * math.pi**2 / check_dim(dim) * 4.0**-bits)
 
 
 def prod_lower_bound(bits: float, dim: int) -> float:
@@ -385,7 +398,7 @@ def prod_lower_bound(bits: float, dim: int) -> float:
     Source:
         arXiv:2504.19874v1, Theorem 3.
     """
-    return 4.0**-bits / check_dim(dim)
+    return float(4.0**-bits / check_dim(dim))
 
 
 def prod_distortion(
@@ -394,8 +407,8 @@ def prod_distortion(
     """Exact law of E(<y, x> - estimate)^2 of Algorithm 2 for a unit x and an independent uniform unit y.
 
     With residual r of the (bits-1)-bit stage, the error of the sketch has, given r, the second moment
-    (pi/2 - 1/d) |r|^2 / d for a Gaussian S, and (1/(d E|t|^2) - 1) |r|^2 / d for an orthogonal S used with its
-    unbiased scale 1/(d E|t|), t a coordinate of a uniform unit vector; and E|r|^2 = D_(bits-1).
+    (pi/2 - 1/d) |r|^2 / d for a Gaussian S, and (1/(d E|t|^2) - 1) |r|^2 / d for an orthogonal S used with
+    its unbiased scale 1/(d E|t|), t a coordinate of a uniform unit vector; and E|r|^2 = D_(bits-1).
 
     Args:
         bits: Bits a coordinate in all, 1..9: bits - 1 of the scalar codebook and one of the sketch.

@@ -1,0 +1,98 @@
+"""How do b-bit codes become bytes? One little-endian bit stream a row, for every b in 1..8 and any length.
+
+Code i of a row occupies bits i*b .. i*b + b - 1 of its stream, least significant first. Eight codes at a time
+are squeezed inside one 64-bit word, in three steps that each halve the gaps, so packing costs a few integer
+operations for eight codes on every device. (Bytes are taken from words as a little-endian machine holds
+them.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from turboquant.theory import check_bits
+
+__all__ = ["pack", "packed_bytes", "unpack"]
+
+
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes of one row of n packed codes."""
+    return (n * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes to their true size.
+
+    Args:
+        codes: (..., n) uint8, each below 2^bits; higher bits are dropped.
+        bits: Bits a code, 1..8.
+
+    Returns:
+        (..., ceil(n * bits / 8)) uint8; spare bits of the last byte are 0.
+
+    Raises:
+        ValueError: If bits are out of range or codes are not uint8.
+    """
+    check_bits(bits, 1)
+    _check_bytes(codes, "codes")
+    n = codes.shape[-1]
+    if bits == 8 or n == 0:
+        return codes.contiguous()
+    word = _words(pad(codes, (0, -n % 8)))
+    for width in (8, 16, 32):
+        held = bits * width // 8
+        low = word & _mask(held, 2 * width)
+        word = low.bitwise_or_((word >> (width - held)).bitwise_and_(_mask(held, 2 * width) << held))
+    squeezed = word.view(torch.uint8).view(-1, 8)[:, :bits].reshape(*codes.shape[:-1], -(-n // 8) * bits)
+    return squeezed[..., : packed_bytes(n, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: (..., ceil(n * bits / 8)) uint8.
+        bits: Bits a code, 1..8.
+        n: Codes a row.
+
+    Returns:
+        (..., n) uint8.
+
+    Raises:
+        ValueError: If the number of bytes is not that of n codes.
+    """
+    check_bits(bits, 1)
+    _check_bytes(packed, "packed codes")
+    if packed.shape[-1] != packed_bytes(n, bits):
+        raise ValueError(
+            f"{n} codes of {bits} bits take {packed_bytes(n, bits)} bytes a row, not {packed.shape[-1]}"
+        )
+    if bits == 8 or n == 0:
+        return packed.contiguous()
+    groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(-1, bits)
+    word = _words(pad(groups, (0, 8 - bits)))
+    for width in (32, 16, 8):
+        held = bits * width // 8
+        low = word & _mask(held, 2 * width)
+        word = low.bitwise_or_((word << (width - held)).bitwise_and_(_mask(held, 2 * width) << width))
+    return word.view(torch.uint8).view(*packed.shape[:-1], -(-n // 8) * 8)[..., :n].contiguous()
+
+
+def _words(octets: Tensor) -> Tensor:
+    """The bytes of a (..., 8 k) tensor as one row of 64-bit words, copied only if they are misaligned."""
+    row = octets.reshape(-1)
+    return (row if row.storage_offset() % 8 == 0 else row.clone()).view(torch.int64)
+
+
+def _mask(held: int, lane: int) -> int:
+    """A 64-bit constant whose every `lane`-bit lane has its lowest `held` bits set."""
+    return sum(((1 << held) - 1) << shift for shift in range(0, 64, lane))
+
+
+def _check_bytes(tensor: Tensor, name: str) -> None:
+    if tensor.dtype != torch.uint8 or tensor.ndim == 0:
+        raise ValueError(
+            f"{name} must be uint8 with at least one axis, not {tensor.dtype} {tuple(tensor.shape)}"
+        )
