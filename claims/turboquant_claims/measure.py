@@ -1,0 +1,64 @@
+"""What do checks measure with? Random vectors and a subject's errors on them, every draw from an explicit seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from turboquant.rotation import generator, haar_matrix
+from turboquant.subjects import VectorSubject
+
+
+def sphere(n: int, dim: int, seed: int) -> Tensor:
+    """n independent uniform points on the unit sphere, (n, dim) float32."""
+    x = torch.randn(n, dim, generator=generator(seed, "sphere"), dtype=torch.float64)
+    return (x / torch.linalg.vector_norm(x, dim=1, keepdim=True)).float()
+
+
+def queries(dim: int, seed: int) -> Tensor:
+    """A random orthonormal basis as queries, (dim, dim) float32."""
+    return haar_matrix(dim, generator(seed, "queries")).float()
+
+
+def distortion(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> float:
+    """Mean of |x - x_hat|^2 / |x|^2 over the rows of x, (n, d)."""
+    error = subject.decode(subject.encode(x, bits=bits, seed=seed)) - x
+    return float((error.square().sum(1) / x.square().sum(1)).mean())
+
+
+def inner_product_errors(subject: VectorSubject, x: Tensor, y: Tensor, bits: int, seed: int) -> Tensor:
+    """Estimate less truth of <y, x> for every query y (m, d) and vector x (n, d): (m, n) float32."""
+    return subject.inner_product(y, subject.encode(x, bits=bits, seed=seed)) - y @ x.T
+
+
+def error_vectors(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> Tensor:
+    """For each x (n, d) the vector e with estimate = <y, x + e>, (n, d), as an orthonormal basis of queries sees it.
+
+    Its length is the error over all queries: |e|^2 / d is the mean square for a random unit y; its part along x is the
+    bias. It comes from `inner_product` alone, whose estimates are linear in the query by their definition <y, x_hat>.
+    """
+    y = queries(x.shape[1], seed)
+    return inner_product_errors(subject, x, y, bits, seed).T @ y
+
+
+def lost_share(subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 2048) -> float:
+    """Share of <y, x> that the estimates lose: one minus their slope on the true inner products."""
+    x = sphere(n, dim, seed)
+    return -float((x * error_vectors(subject, x, bits, seed)).sum(1).mean())
+
+
+def squared_error(subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 2048) -> float:
+    """dim times the mean squared error of <y, x> for unit x and an independent uniform unit y."""
+    x = sphere(n, dim, seed)
+    return float(error_vectors(subject, x, bits, seed).square().sum(1).mean())
+
+
+def error_moments_at(
+    subject: VectorSubject, dim: int, bits: int, rho: float, seed: int, n: int = 2048
+) -> tuple[float, float]:
+    """Mean error, and dim times the mean squared error, of <y, x> for unit y with <y, x> = rho, uniform otherwise."""
+    x = sphere(n, dim, seed)
+    error = error_vectors(subject, x, bits, seed)
+    along = (x * error).sum(1)
+    across = (error.square().sum(1) - along.square()).mean() / (dim - 1)
+    square = rho**2 * along.square().mean() + (1 - rho**2) * across
+    return rho * float(along.mean()), dim * float(square)
