@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,8 +140,9 @@ class FaissSubject:
         return codes.packed.nbytes + codes.norms.nbytes
 
     def _codec(self, dim: int, bits: int) -> Any:
-        kind = getattr(self._faiss.ScalarQuantizer, f"QT_{bits}bit_tqmse")
-        return self._faiss.ScalarQuantizer(dim, kind)
+        codec = self._faiss.ScalarQuantizer(dim, getattr(self._faiss.ScalarQuantizer, f"QT_{bits}bit_tqmse"))
+        codec.train(np.zeros((1, dim), dtype=np.float32))  # makes its fixed tables; the data is not looked at
+        return codec
 
 
 _BUILT_IN: dict[str, Callable[[], list[VectorSubject]]] = {
