@@ -1,0 +1,1 @@
+"""Checks on memory: how many bytes a key-value cache takes, and what compressing it saves."""
