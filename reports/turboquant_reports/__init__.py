@@ -1,0 +1,1 @@
+"""The reporter: results and the ledger in, HTML, Markdown and a badge out."""
