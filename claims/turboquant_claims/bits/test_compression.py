@@ -112,7 +112,7 @@ def _polar_bits(cell: Cell) -> float:
     """Bits of a coordinate: level l of the recursion holds block / 2^l angles, and one radius tops it."""
     block = int(cell["block"])
     levels = enumerate(numbers(cell["level_bits"]), start=1)
-    return (sum(block / 2**level * bits for level, bits in levels) + int(cell["radius_bits"])) / block
+    return (sum(block / 2.0**level * bits for level, bits in levels) + int(cell["radius_bits"])) / block
 
 
 @claim("polarquant-3-875-bits")
