@@ -1,10 +1,9 @@
-"""Can the arithmetic and document claims fail? A wrong figure must be refuted, and the cell must decide the figure."""
+"""Can the arithmetic claims fail? A wrong figure must be refuted, and the cell must decide the figure."""
 
 import importlib
 from collections.abc import Callable
 
 import pytest
-
 from turboquant_claims import BOUND_TO
 from turboquant_claims.evidence import Evidence, Losses, Readings, Record, interval
 from turboquant_claims.ledger import Cell, CellSpec, Claim, read
