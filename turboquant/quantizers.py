@@ -450,6 +450,7 @@ class ProdQuantizer(_Scalar):
             for all, nothing stored: no longer exactly unbiased).
         rotation: "haar", "hadamard" or "identity".
         rounds: Rounds of the Hadamard rotation, 1..3.
+        codebook: "sphere", "gaussian" or "grid", as `MseQuantizer`, of bits - 1.
         codebook_dim: Dimension whose coordinate law sets the scale and the codebook, if not d (see
             `SplitQuantizer`).
         device: Where rotation, codebook and sketch live; vectors are moved there.
@@ -473,6 +474,7 @@ class ProdQuantizer(_Scalar):
         residual_norm: ResidualNorm = "stored",
         rotation: str = "haar",
         rounds: int = 3,
+        codebook: CodebookKind = "sphere",
         codebook_dim: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -482,7 +484,7 @@ class ProdQuantizer(_Scalar):
             raise ValueError(f"sketch must be 'gaussian' or 'orthogonal', not {sketch!r}")
         if residual_norm not in ("stored", "constant"):
             raise ValueError(f"residual_norm must be 'stored' or 'constant', not {residual_norm!r}")
-        segments = [(width, codebook(b - 1, codebook_dim or dim)) for width, b in runs]
+        segments = [(width, _book(b - 1, codebook_dim or dim, codebook)) for width, b in runs]
         super().__init__(
             dim,
             segments,
@@ -513,6 +515,7 @@ class ProdQuantizer(_Scalar):
             "bits": bits if isinstance(bits, int) else runs,
             "sketch": sketch,
             "residual_norm": residual_norm,
+            "codebook": codebook,
         }
         self.bits = _mean_bits(runs)
 
@@ -857,7 +860,7 @@ def _mean_bits(runs: Sequence[tuple[int, int]]) -> float:
 
 
 def _book(bits: int, dim: int, kind: str) -> Codebook:
-    if kind == "sphere":
+    if kind == "sphere" or (bits == 0 and kind in ("gaussian", "grid")):
         return codebook(bits, dim)
     if kind == "gaussian":
         return codebook(bits, None)
