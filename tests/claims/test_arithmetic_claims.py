@@ -5,9 +5,13 @@ from collections.abc import Callable
 
 import pytest
 from turboquant_claims import BOUND_TO
+from turboquant_claims.bits import test_channel_split
 from turboquant_claims.evidence import Evidence, Losses, Readings, Record, interval
 from turboquant_claims.ledger import Cell, CellSpec, Claim, read
 from turboquant_claims.verdicts import judge
+
+from turboquant.quantizers import SplitQuantizer
+from turboquant.rivals import released_split
 
 ROOMS = (
     "bits.test_compression",
@@ -88,3 +92,18 @@ def test_a_perfect_handful_of_trials_settles_nothing() -> None:
             assert judge(claim, spec, Losses(0, 4)).verdict == "inconclusive"
             assert judge(claim, spec, Losses(0, 2000)).verdict == "supported"
             assert judge(claim, spec, Losses(1000, 2000)).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "name", "fault"),
+    [
+        ("paper-v1-split-independent-instances", "SplitQuantizer", released_split),
+        ("released-code-split-codebook-measured", "released_split", SplitQuantizer),
+    ],
+)
+def test_the_wrong_codebook_scale_is_refuted(
+    claim_id: str, name: str, fault: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = LEDGER.claims[claim_id]
+    monkeypatch.setattr(test_channel_split, name, fault)
+    assert judge(claim, claim.cells[0], evidence(claim, claim.cells[0])).verdict == "refuted"

@@ -5,6 +5,7 @@ import math
 import torch
 
 from turboquant.quantizers import SplitQuantizer
+from turboquant.rivals import PolarQuant, released_split
 from turboquant.theory import lloyd_max, quantized_distortion
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
@@ -67,6 +68,22 @@ def test_split_distortion(cell: Cell, record: Record) -> None:
     record.samples([distortion(seed) for seed in cell.seeds()])
 
 
+@claim("seed-accuracy-blog-polarquant-stage", "google-blog-polarquant-stage")
+def test_polarquant_against_algorithm_1(cell: Cell, record: Record) -> None:
+    """Distortion of PolarQuant over that of Algorithm 1 on the same vectors, at equal bits."""
+    dim, parts = cell["dim"], split(cell["parts"])
+    polar = PolarQuant()
+
+    def ratio(seed: int) -> float:
+        x = sphere(500, dim, seed)
+        # One rotation for all coordinates, the first of which have more bits: Algorithm 1 at mixed bits.
+        ours = SplitQuantizer(dim, parts, seed=seed, split="oblivious")
+        errors = [polar.decode(polar.encode(x, seed=seed)) - x, ours.decode(ours.encode(x)) - x]
+        return float(errors[0].square().sum() / errors[1].square().sum())
+
+    record.samples([ratio(seed) for seed in cell.seeds()])
+
+
 @claim("released-code-split-codebook")
 def test_whole_width_codebook_by_quadrature(cell: Cell, record: Record) -> None:
     """Distortion of a part whose levels are divided by the root of the whole width instead of its own."""
@@ -82,9 +99,7 @@ def test_whole_width_codebook_in_a_run(cell: Cell, record: Record) -> None:
 
     def loss(seed: int) -> float:
         x = torch.randn(2000, dim, generator=torch.Generator().manual_seed(seed))
-        quantizer = SplitQuantizer(
-            dim, [(part, bits), (dim - part, bits)], seed=seed, part_dim="whole", codebook="gaussian"
-        )
+        quantizer = released_split(dim, [(part, bits), (dim - part, bits)], seed=seed)
         error = (x - quantizer.decode(quantizer.encode(x)))[:, :part].square().sum(-1)
         return float((error / x[:, :part].square().sum(-1)).mean())
 

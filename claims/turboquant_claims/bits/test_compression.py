@@ -1,6 +1,6 @@
 """How many bits does a setting store for each coordinate, and how many times smaller than 16 bits is that?"""
 
-from turboquant.quantizers import ProdQuantizer
+from turboquant.rivals import PolarQuant, Qjl
 from turboquant.subjects import VectorSubject
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
@@ -71,8 +71,8 @@ def test_constants_of_groups(cell: Cell, record: Record) -> None:
 def test_qjl_overhead(cell: Cell, record: Record) -> None:
     """Bytes of one-bit sketches, norms included, beyond one bit a coordinate."""
     dim = cell["dim"]
-    qjl = ProdQuantizer(dim, 1, seed=cell.seed, residual_norm="constant")
-    held = qjl.encode(sphere(VECTORS, dim, cell.seed)).nbytes
+    qjl = Qjl()
+    held = qjl.nbytes(qjl.encode(sphere(VECTORS, dim, cell.seed), bits=1, seed=cell.seed))
     record.figure(8 * held / (VECTORS * dim) - 1)
 
 
@@ -117,8 +117,10 @@ def _polar_bits(cell: Cell) -> float:
 
 @claim("polarquant-3-875-bits")
 def test_polar_bits(cell: Cell, record: Record) -> None:
-    """Bits of a coordinate in a block of polar coordinates."""
-    record.figure(_polar_bits(cell))
+    """Bits of a coordinate in a block of polar coordinates, counted and as the bytes of real codes."""
+    polar, dim = PolarQuant(), 8 * int(cell["block"])
+    held = polar.nbytes(polar.encode(sphere(VECTORS, dim, cell.seed), seed=cell.seed))
+    record.readings({"counted": _polar_bits(cell), "held": 8 * held / (VECTORS * dim)})
 
 
 @claim("polarquant-over-4-2x", "polarquant-4-008x")
