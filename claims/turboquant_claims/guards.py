@@ -1,7 +1,7 @@
 """Did the subject really do the work? What it returns and stores is checked before a cell may count.
 
-A fault makes the cell broken, never supported. The bytes are counted from what the codes hold, and the distortion
-on the guard's own vectors is held against the rate-distortion function of the sphere, which no honest code beats.
+A fault makes the cell broken, never supported. Bytes are counted from what the codes hold, and the distortion
+on the guard's own vectors is held against the rate-distortion function of the sphere, which no code beats.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from turboquant_claims.ledger import seed63
 
 if TYPE_CHECKING:
     from torch import Tensor
+
     from turboquant.subjects import VectorSubject
 
 PROBE = 2048
@@ -25,7 +26,7 @@ SLACK_BYTES = 64
 """Padding of a whole block that `nbytes` may leave out; it does not grow with the number of vectors."""
 
 DEBYE_FROM = 40
-"""Order above which the uniform expansion of a Bessel function is accurate to 1e-9 and scipy's may underflow."""
+"""Order from which the uniform expansion of a Bessel function has 1e-9 accuracy; scipy's may underflow."""
 
 PROBED: dict[tuple[int, int, int], "float | GuardError"] = {}
 
@@ -111,7 +112,7 @@ def _held(thing: Any, seen: set[object]) -> int:
             if ("storage", storage.data_ptr()) in seen:
                 return 0
             seen.add(("storage", storage.data_ptr()))
-            return storage.nbytes()
+            return int(storage.nbytes())
         case np.ndarray():
             while isinstance(thing.base, np.ndarray):
                 thing = thing.base
@@ -119,7 +120,7 @@ def _held(thing: Any, seen: set[object]) -> int:
                 return 0
             seen.add(("array", id(thing)))
             own = 0 if thing.base is None else _held(thing.base, seen)
-            return max(own, thing.nbytes)
+            return max(own, int(thing.nbytes))
         case bytes() | bytearray() | str():
             return len(thing)
         case memoryview():
@@ -162,6 +163,8 @@ class GuardedCodes:
     bits: int
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self.codes, name)
 
 
@@ -215,7 +218,7 @@ class GuardedSubject:
         counted = held_bytes(codes.codes) - self._shared_bytes(codes.dim, codes.bits)
         if abs(said - counted) > SLACK_BYTES:
             raise GuardError(
-                f"{self._subject.name}: nbytes says {said} for {codes.n} vectors, but the codes hold {counted:.0f}"
+                f"{self._subject.name}: nbytes says {said}, the codes of {codes.n} vectors hold {counted:.0f}"
             )
         return said
 
@@ -283,7 +286,7 @@ class GuardedSubject:
         reached, least = student_t(errors), least_distortion(dim, 8 * said / PROBE)
         if reached.hi < least:
             raise GuardError(
-                f"{name}: a mean distortion of {reached.value:.4g} at {8 * said / PROBE:.0f} bits a vector beats "
-                f"the rate-distortion function of the sphere, {least:.4g}: something is stored that nbytes leaves out"
+                f"{name}: a mean distortion of {reached.value:.4g} at {8 * said / PROBE:.0f} bits a vector "
+                f"beats the rate-distortion function of the sphere, {least:.4g}: nbytes leaves something out"
             )
         return max(0.0, held - (held - held_half) / (PROBE - PROBE // 2) * PROBE)

@@ -1,7 +1,7 @@
 """How do ledger and checks become a pytest run? Options, parametrisation, fixtures and outcomes.
 
-Loaded into every pytest session, so it imports the judge only once a check bound by `@claim` is collected, and
-torch only with the subjects. Each process judges its cells and sends a line as one JSON text to the controller.
+Loaded into every pytest session, so it imports the judge only once a check bound by `@claim` is collected,
+and torch only with the subjects. Each process judges its cells and sends its lines to the controller as text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from turboquant_claims import BOUND_TO, hooks
 from turboquant_claims.controller import BINDINGS, PROPERTY, REUSED, Controller
 
 if TYPE_CHECKING:
+    from turboquant.subjects import VectorSubject
     from turboquant_claims.evidence import Record
     from turboquant_claims.ledger import Cell
     from turboquant_claims.results import Key, Result
@@ -89,24 +90,32 @@ def make_plan(config: pytest.Config) -> Plan:
     Raises:
         ValueError: the ledger, a subject or an option is wrong; the message says what to do.
     """
-    from turboquant.subjects import VectorSubject, resolve
     from turboquant_claims import ledger, run
 
-    subjects: dict[str, VectorSubject] = {}
-    for name in config.getoption("--subject") or ["ours"]:
-        for subject in resolve(name):
-            if subject.name in subjects:
-                raise ValueError(f"--subject {name}: a subject named {subject.name!r} is already selected")
-            subjects[subject.name] = subject
+    claims = ledger.load(config.getoption("--ledger"))
+    names = config.getoption("--subject") or ["ours"]
     seed = config.getoption("--seed")
     return run.Plan(
-        ledger.load(config.getoption("--ledger")),
-        subjects,
+        claims,
+        _resolved(names) if any(claim.subject != "none" for claim in claims) else {},
         models=config.getoption("--model") or (),
         master_seed=ledger.DEFAULT_SEED if seed is None else seed,
         shard=run.Shard.parse(config.getoption("--shard")),
         slow="slow" in config.getoption("markexpr", ""),
     )
+
+
+def _resolved(names: Iterable[str]) -> dict[str, VectorSubject]:
+    """The implementations under test, by their own names."""
+    from turboquant.subjects import resolve
+
+    subjects: dict[str, VectorSubject] = {}
+    for name in names:
+        for subject in resolve(name):
+            if subject.name in subjects:
+                raise ValueError(f"--subject {name}: a subject named {subject.name!r} is already selected")
+            subjects[subject.name] = subject
+    return subjects
 
 
 @pytest.fixture(name=UNIT)
@@ -216,7 +225,7 @@ class Checks:
         for name in wanted:
             if name not in fixtures:
                 raise pytest.Collector.CollectError(
-                    f"{where} must take the fixture `{name}`: claim {claim_id} has subject = {claim.subject!r}"
+                    f"{where} must take the fixture `{name}` (subject of {claim_id}: {claim.subject!r})"
                 )
 
     def _parameter(self, unit: Unit) -> Any:

@@ -262,12 +262,13 @@ def complaint(unit: Unit, result: Result) -> str | None:
         return None
     lo, hi = (_end(edge) for edge in result.interval or (None, None))
     region = unit.claim.region(unit.spec)
+    unit_name = "" if result.unit in ("", "1") else f" {result.unit}"
     lines = [
         f"{unit.claim.id} ({unit.claim.label}), {unit.spec.key or 'its only cell'}"
         + (f", subject {unit.subject}" if unit.subject else "")
         + (f", model {unit.model}" if unit.model else ""),
         f"  verdict   {result.verdict}: the ledger expects {standing.verdict} ({standing.why})",
-        f"  measured  {result.value:.6g} {result.unit}, 99.9 % interval [{lo}, {hi}], n = {result.n}",
+        f"  measured  {result.value:.6g}{unit_name}, 99.9 % interval [{lo}, {hi}], n = {result.n}",
         f"  accepted  {region if region is not None else 'the source leaves it open'}",
     ]
     if result.verdict == "supported":
