@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from turboquant_kernels.hadamard import hadamard, hadamard_order, hadamard_seed
 
 DIMS = [1, 2, 4, 8, 12, 20, 24, 28, 80, 96, 112, 128, 200, 384]
