@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from turboquant.rotation import generator, haar_matrix
@@ -19,10 +21,15 @@ def queries(dim: int, seed: int) -> Tensor:
     return haar_matrix(dim, generator(seed, "queries")).float()
 
 
+def errors(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> Tensor:
+    """Squared error |x - x_hat|^2 / |x|^2 of each row of x, (n, d): (n,)."""
+    error = subject.decode(subject.encode(x, bits=bits, seed=seed)) - x
+    return error.square().sum(1) / x.square().sum(1)
+
+
 def distortion(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> float:
     """Mean of |x - x_hat|^2 / |x|^2 over the rows of x, (n, d)."""
-    error = subject.decode(subject.encode(x, bits=bits, seed=seed)) - x
-    return float((error.square().sum(1) / x.square().sum(1)).mean())
+    return float(errors(subject, x, bits, seed).mean())
 
 
 def inner_product_errors(subject: VectorSubject, x: Tensor, y: Tensor, bits: int, seed: int) -> Tensor:
@@ -46,14 +53,14 @@ def lost_share(subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 
     return -float((x * error_vectors(subject, x, bits, seed)).sum(1).mean())
 
 
-def squared_error(subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 2048) -> float:
+def squared_error(subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 512) -> float:
     """dim times the mean squared error of <y, x> for unit x and an independent uniform unit y."""
     x = sphere(n, dim, seed)
     return float(error_vectors(subject, x, bits, seed).square().sum(1).mean())
 
 
 def error_moments_at(
-    subject: VectorSubject, dim: int, bits: int, rho: float, seed: int, n: int = 2048
+    subject: VectorSubject, dim: int, bits: int, rho: float, seed: int, n: int = 512
 ) -> tuple[float, float]:
     """Mean error, and dim times the mean squared error, of <y, x> for unit y with <y, x> = rho, uniform otherwise."""
     x = sphere(n, dim, seed)
@@ -62,3 +69,51 @@ def error_moments_at(
     across = (error.square().sum(1) - along.square()).mean() / (dim - 1)
     square = rho**2 * along.square().mean() + (1 - rho**2) * across
     return rho * float(along.mean()), dim * float(square)
+
+
+HOT = {"one-hot": 1, "two-hot": 2, "sparse": 8}
+FAMILIES = ("sphere", *HOT, "hypercube", "plane", "cone")
+
+
+def inputs(family: str, n: int, dim: int, seed: int) -> Tensor:
+    """Unit vectors of a family that an adversary might choose.
+
+    Args:
+        family: "sphere" (uniform), "one-hot", "two-hot", "sparse" (8 equal coordinates; places and signs at random),
+            "hypercube" (the constant vector under random signs), "plane" (uniform in one random subspace of 4
+            dimensions) or "cone" (close around one direction).
+        n: Number of vectors.
+        dim: Their dimension, at least 8.
+        seed: Picks the vectors.
+
+    Returns:
+        (n, dim) float32.
+
+    Raises:
+        ValueError: if the family is unknown.
+    """
+    if family == "sphere":
+        return sphere(n, dim, seed)
+    source = generator(seed, "inputs", family)
+    if family in HOT or family == "hypercube":
+        hot = HOT.get(family, dim)
+        places = torch.rand(n, dim, generator=source).topk(hot, dim=1).indices
+        signs = 2.0 * torch.randint(2, (n, hot), generator=source) - 1.0
+        return torch.zeros(n, dim).scatter_(1, places, signs / math.sqrt(hot))
+    if family == "plane":
+        x = torch.randn(n, 4, generator=source) @ torch.randn(4, dim, generator=source)
+    elif family == "cone":
+        x = torch.randn(dim, generator=source) + 0.5 * torch.randn(n, dim, generator=source)
+    else:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
+def distortion_on(subject: VectorSubject, family: str, dim: int, bits: int, seed: int, n: int = 128) -> float:
+    """Mean distortion on `inputs` of a family over 8 seeds of the subject, n vectors each.
+
+    Vectors of one family lean on each other under one rotation (an orthonormal basis has one energy to share), so that
+    eight rotations say more than eight times the vectors.
+    """
+    seeds = [8 * seed + k for k in range(8)]
+    return sum(distortion(subject, inputs(family, n, dim, one), bits, one) for one in seeds) / 8

@@ -1,0 +1,41 @@
+"""Does the released code do what Algorithm 2 says, where its sketch and its residual norm differ from the paper?"""
+
+import math
+
+from turboquant import theory
+from turboquant.rivals import RELEASED_RESIDUAL_NORMS, released_prod
+
+from turboquant_claims import claim, measure
+from turboquant_claims.evidence import Record
+from turboquant_claims.ledger import Cell
+
+RELEASED = released_prod()
+
+
+@claim("released-code-prod-law")
+def test_squared_error(cell: Cell, record: Record) -> None:
+    """d times the mean squared error of the released code's inner products."""
+    record.samples(measure.squared_error(RELEASED, cell["dim"], cell["bits"], seed) for seed in cell.seeds())
+
+
+@claim("released-code-residual-table")
+def test_residual_table(cell: Cell, record: Record) -> None:
+    """The constant that stands for every residual's norm, over the root mean square of that norm."""
+    bits = cell["mse_bits"]
+    record.figure(RELEASED_RESIDUAL_NORMS[bits] / math.sqrt(theory.distortion(bits, dim=None)))
+
+
+@claim("released-code-unbiased")
+def test_bias(cell: Cell, record: Record) -> None:
+    """Mean of <x, x~> - 1 with the constant residual norm."""
+    record.samples(
+        -measure.lost_share(RELEASED, cell["dim"], cell["bits"], seed, n=4096) for seed in cell.seeds()
+    )
+
+
+@claim("released-code-stores-residual-norm")
+def test_stored_norms(cell: Cell, record: Record) -> None:
+    """Bits a vector that are held beyond the b d bits of codes and the 32 of its own norm."""
+    x = measure.sphere(256, cell["dim"], cell.seed)
+    held = RELEASED.nbytes(RELEASED.encode(x, bits=cell["bits"], seed=cell.seed))
+    record.figure(8 * held / len(x) - cell["bits"] * cell["dim"] - 32)
