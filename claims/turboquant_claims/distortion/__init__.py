@@ -1,0 +1,1 @@
+"""How large is the squared error, and on which inputs?"""

@@ -1,0 +1,1 @@
+"""What does a random rotation do to a vector's coordinates?"""

@@ -1,0 +1,105 @@
+"""Does a randomized Hadamard rotation do what a uniform one does?"""
+
+import numpy as np
+import torch
+from turboquant import theory
+from turboquant.quantizers import MseQuantizer
+from turboquant.rotation import make_rotation
+from turboquant.subjects import OurSubject
+from turboquant_claims import claim, measure
+
+
+def ours(rotation: str, rounds: int = 1) -> OurSubject:
+    """Our quantizer with a rotation of its own."""
+    return OurSubject(f"{rotation}-{rounds}", "mse", MseQuantizer, rotation=rotation, rounds=rounds)
+
+
+@claim("tonbistudio-hadamard-worst-case")
+def test_worst_case_of_one_round(cell, record):
+    """The largest distortion on sparse inputs over 24 sign patterns, in units of Theorem 1's bound."""
+    subject = ours("hadamard")
+    worst = max(
+        measure.errors(subject, measure.inputs(cell["inputs"], 128, cell["dim"], seed), cell["bits"], seed).max()
+        for seed in cell.seeds(24)
+    )
+    record.figure(worst / theory.mse_upper_bound(cell["bits"]))
+
+
+@claim("tonbistudio-hadamard-coordinate-law")
+def test_coordinate_after_one_round(cell, record):
+    """One scaled coordinate of a rotated unit vector, under n sign patterns, against the normal law."""
+    dim = cell["dim"]
+    x = measure.inputs(cell["inputs"], 1, dim, cell.seed)
+    rotations = (make_rotation("hadamard", dim, seed=seed, rounds=1) for seed in cell.seeds(cell.n))
+    record.law((rotation.forward(x)[0, 0] * dim**0.5 for rotation in rotations), "normal", mean=0, sd=1)
+
+
+@claim("tonbistudio-hadamard-dense-inputs")
+def test_dense_inputs(cell, record):
+    """The distortion of uniform unit vectors after one round."""
+    subject, n = ours("hadamard"), 2**19 // cell["dim"]
+    record.samples(
+        measure.distortion(subject, measure.sphere(n, cell["dim"], seed), cell["bits"], seed) for seed in cell.seeds()
+    )
+
+
+@claim("tonbistudio-hadamard-more-rounds")
+def test_more_rounds(cell, record):
+    """The distortion on sparse inputs after two or three rounds, each with signs of its own."""
+    subject = ours("hadamard", cell["rounds"])
+    record.samples(
+        measure.distortion_on(subject, cell["inputs"], cell["dim"], cell["bits"], seed) for seed in cell.seeds()
+    )
+
+
+def matched_errors(rotation: str, dim: int, bits: int, seed: int) -> torch.Tensor:
+    """Mean squared error a coordinate of each of 4,096 Gaussian vectors, decoded to the length of the vector."""
+    x = measure.sphere(4096, dim, seed) * dim**0.5
+    quantizer = MseQuantizer(dim, bits, seed=seed, rotation=rotation, rounds=1)
+    x_hat = quantizer.decode(quantizer.encode(x))
+    x_hat *= x.norm(dim=1, keepdim=True) / x_hat.norm(dim=1, keepdim=True)
+    return (x - x_hat).square().mean(1)
+
+
+@claim("turboquant-plus-hadamard-error", "turboquant-plus-dense-error")
+def test_error_by_rotation(cell, record):
+    """Mean or 99th percentile of the errors of single vectors."""
+    errors = (matched_errors(cell["rotation"], cell["dim"], cell["bits"], seed) for seed in cell.seeds())
+    record.samples(one.mean() if cell["of"] == "mean" else one.quantile(0.99) for one in errors)
+
+
+@claim("turboquant-plus-rotation-first-order")
+def test_hadamard_over_dense(cell, record):
+    """The mean error with one rotation over that with the other, on the same vectors."""
+    record.samples(
+        matched_errors("hadamard", cell["dim"], cell["bits"], seed).mean()
+        / matched_errors("haar", cell["dim"], cell["bits"], seed).mean()
+        for seed in cell.seeds()
+    )
+
+
+@claim("seed-true-or-false-energy", "seed-true-or-false-energy-kurtosis")
+def test_energy_of_a_one_hot_vector(cell, record):
+    """What signed Hadamard makes of a one-hot vector (the first is left out: it alone has a mean that is not 0)."""
+    before = torch.eye(cell["dim"])[1 + cell.seed % (cell["dim"] - 1)].double()
+    after = make_rotation("hadamard", cell["dim"], seed=cell.seed, rounds=1).forward(before.float()).double()
+    if cell["figure"] == "kurtosis":
+        uniform = 3 - 6 / (cell["dim"] + 2)
+        record.readings({"the one-hot input": (after * cell["dim"] ** 0.5).pow(4).mean(), "uniform inputs": uniform})
+        return
+    x = {"before": before, "after": after}[cell["when"]]
+    record.figure(
+        {"cv": x.square().std() / x.square().mean(), "max": x.abs().max(), "variance": x.var(correction=0)}[
+            cell["figure"]
+        ]
+    )
+
+
+@claim("seed-true-or-false-homogeneous-is-better")
+def test_even_energy_against_a_uniform_rotation(cell, record):
+    """One-hot vectors: distortion after a uniform rotation less that after signed Hadamard, which levels them fully."""
+    dim, bits = cell["dim"], cell["bits"]
+    record.paired(
+        [measure.distortion_on(ours("haar"), "one-hot", dim, bits, seed) for seed in cell.seeds()],
+        [measure.distortion_on(ours("hadamard"), "one-hot", dim, bits, seed) for seed in cell.seeds()],
+    )
