@@ -42,7 +42,12 @@ class Result(BaseModel):
     """One line of results.jsonl: one cell of one claim on one subject and model."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, title="A line of results.jsonl"
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        json_schema_serialization_defaults_required=True,
+        ser_json_inf_nan="constants",
+        title="A line of results.jsonl",
     )
 
     schema_: Literal[1] = Field(default=1, alias="schema", description="version of this format")
@@ -196,7 +201,7 @@ def merge(files: Iterable[Iterable[Result]]) -> Merged:
 
 def schema_text() -> str:
     """The JSON Schema of a line, as it is published."""
-    return json.dumps(Result.model_json_schema(by_alias=True), indent=2) + "\n"
+    return json.dumps(Result.model_json_schema(by_alias=True, mode="serialization"), indent=2) + "\n"
 
 
 def main(arguments: Sequence[str]) -> int:
