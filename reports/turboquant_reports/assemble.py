@@ -11,13 +11,15 @@ from typing import Any
 from turboquant_claims import ledger as ledger_
 from turboquant_claims.results import Key, Result
 from turboquant_claims.verdicts import claim_verdict
-
 from turboquant_reports import band, wording
 from turboquant_reports.changes import Change, compare
 from turboquant_reports.page import SYMBOLS, VERDICTS, Cell, Chip, Claim, Column, Group, Page, Run, Source
 
 NO_RESULT = "no result in the given files"
 OTHER_VERSION = "the result at hand is of another version of this claim and cannot be compared"
+OF_A_CELL = ("date", "code")
+"""Entries of a provenance that differ between the cells of one run."""
+
 PLACES = {"refuted": "out", "inconclusive": "edge"}
 
 
@@ -36,7 +38,7 @@ def assemble(
         stands; another one stands where the newest has none, and beside it where the two disagree.
     """
     results = list(results)
-    assembly = _Assembly(ledger, results)
+    assembly = _Assembly(ledger, [result for result in results if _declared(ledger, result)])
     groups = tuple(assembly.group(source) for source in _in_order(ledger))
     changes: tuple[Change, ...] = ()
     compared_with = ""
@@ -47,6 +49,11 @@ def assemble(
         compared_with = f"earlier results of {wording.count(len(before), 'cell')}"
         compared_with += f" ({', '.join(days)})" if days else ""
     return Page(groups, tuple(assembly.runs.values()), changes, compared_with)
+
+
+def _declared(ledger: ledger_.Ledger, result: Result) -> bool:
+    claim = ledger.claims.get(result.claim)
+    return claim is not None and any(spec.key == result.key.cell for spec in claim.cells)
 
 
 def _in_order(ledger: ledger_.Ledger) -> list[Source]:
@@ -68,9 +75,10 @@ class _Assembly:
         self.columns: dict[str, list[Column]] = {"none": [], "mse": [], "prod": [], "any": []}
         for result in results:
             self.found.setdefault(result.key, []).append(result)
-            claim, column = ledger.claims.get(result.claim), Column(result.subject, result.model)
-            if claim is not None and column not in self.columns[claim.subject]:
-                self.columns[claim.subject].append(column)
+            column = Column(result.subject, result.model)
+            columns = self.columns[ledger.claims[result.claim].subject]
+            if column not in columns:
+                columns.append(column)
         for columns in self.columns.values():
             columns.sort(key=lambda column: (column.model, column.subject))
 
@@ -116,6 +124,7 @@ class _Assembly:
             chips=chips,
             total=_chip(cells),
             command=_command(claim, cells),
+            code=", ".join(dict.fromkeys(cell.code for cell in cells if cell.code)),
         )
 
     def to_show(self, claim: ledger_.Claim, key: Key) -> list[Result | None]:
@@ -147,13 +156,13 @@ class _Assembly:
         """One row of evidence."""
         state, reason = _state(claim, result)
         region = claim.region(spec)
-        device = "" if result is None else str(result.provenance.get("device", ""))
+        device = "cpu" if result is None else str(result.note.get("device", "cpu"))
         standing = claim.standing_of(spec, column.subject, column.model, device)
         measured = result if result is not None and state in VERDICTS else None
         value = None if measured is None else measured.value
         interval = None if measured is None else measured.interval
         decimals = wording.decimals_for(*interval) if interval else None
-        run_key = "" if result is None or state == "not run" else _run_key(result)
+        run_key = "" if result is None or state in ("not run", "not applicable") else _run_key(result)
         return Cell(
             anchor=self.new_anchor(Key(claim.id, spec.key, column.subject, column.model)),
             label=label or "the one cell",
@@ -183,6 +192,7 @@ class _Assembly:
             recorded=_date(result)[:10] or "earlier"
             if result is not None and run_key not in ("", self.newest)
             else "",
+            code=str(result.provenance.get("code", ""))[:12] if result is not None and run_key else "",
         )
 
     def new_anchor(self, key: Key) -> str:
@@ -208,9 +218,11 @@ def _anchor(key: Key) -> str:
 
 
 def _runs(results: Iterable[Result]) -> dict[str, Run]:
-    """Each distinct provenance, dates aside, as a run; the newest first."""
+    """Each distinct provenance of results that were measured as a run; the newest first."""
     newest: dict[str, Result] = {}
     for result in results:
+        if result.execution not in ("ran", "broken"):
+            continue
         key = _run_key(result)
         if key not in newest or _date(result) > _date(newest[key]):
             newest[key] = result
@@ -222,7 +234,7 @@ def _runs(results: Iterable[Result]) -> dict[str, Run]:
 
 
 def _run_key(result: Result) -> str:
-    same = {name: value for name, value in result.provenance.items() if name != "date"}
+    same = {name: value for name, value in result.provenance.items() if name not in OF_A_CELL}
     return json.dumps(same, sort_keys=True, default=str)
 
 
@@ -231,7 +243,7 @@ def _date(result: Result) -> str:
 
 
 def _facts(provenance: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    written = ((name, _fact(value)) for name, value in provenance.items() if name != "date")
+    written = ((name, _fact(value)) for name, value in provenance.items() if name not in OF_A_CELL)
     return tuple((name, text) for name, text in written if text)
 
 
@@ -240,7 +252,7 @@ def _fact(value: object) -> str:
         return ", ".join(f"{name} {_fact(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_fact, value))
-    return "" if value is None else str(value)
+    return "" if value is None else wording.scalar(value) if isinstance(value, bool) else str(value)
 
 
 def _shared(claim: ledger_.Claim) -> tuple[dict[str, Any], list[str]]:
@@ -297,19 +309,26 @@ def _chip(cells: Sequence[Cell]) -> Chip:
 
 
 def _beside(state: str, states: Mapping[str, int], applicable: int) -> str:
-    """What a sum over several cells hides: how many of them are in the state that it shows."""
-    if state == "partly run":
-        return ", ".join(f"{states[s]} {s}" for s in SYMBOLS if states[s] and s != "not applicable")
-    if applicable < 2 or states[state] in (0, applicable):
+    """What a sum over several cells hides: how many are in the state that it shows, or what they are."""
+    if applicable < 2 or states[state] == applicable:
         return ""
-    return f"{states[state]} of {applicable}"
+    if states[state]:
+        return f"{states[state]} of {applicable}"
+    return ", ".join(f"{states[s]} {s}" for s in SYMBOLS if states[s] and s != "not applicable")
 
 
 def _command(claim: ledger_.Claim, cells: Sequence[Cell]) -> str:
     """The pytest command that measures a claim again."""
     words = ["pytest", "claims", "-k", claim.id]
-    for subject in dict.fromkeys(cell.subject for cell in cells if cell.subject):
+    if "slow" in claim.needs:
+        words += ["-m", "slow"]
+    asked = [cell for cell in cells if cell.state != "not applicable"]
+    for subject in dict.fromkeys(cell.subject for cell in asked if cell.subject):
         words += ["--subject", subject]
-    for model in dict.fromkeys(cell.model for cell in cells if cell.model):
+    for model in dict.fromkeys(cell.model for cell in asked if cell.model):
         words += ["--model", model]
+    for run in dict.fromkeys(cell.run for cell in asked if cell.run is not None):
+        if "master_seed" in dict(run.facts):
+            words += ["--seed", dict(run.facts)["master_seed"]]
+            break
     return shlex.join(words)

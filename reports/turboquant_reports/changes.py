@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from turboquant_claims.results import Key, Result
-
 from turboquant_reports import wording
 
 ORDER = (

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
 from turboquant_claims import ledger as ledger_
 from turboquant_claims.results import Result, ResultsError, merge, read
-
 from turboquant_reports.render import Report, render, write
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

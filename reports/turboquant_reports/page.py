@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import get_args
 
 from turboquant_claims.ledger import Verdict
-
 from turboquant_reports import band, wording
 from turboquant_reports.changes import Change
 from turboquant_reports.plots import Plot
@@ -51,6 +50,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Column:
+    """One column of the matrix: a subject, and a model where one took part."""
+
+    subject: str
+    model: str
+
+    @property
+    def title(self) -> str:
+        """The column's heading."""
+        return self.heading or "no subject"
+
+    @property
+    def heading(self) -> str:
+        """The subject and model; empty where a claim is arithmetic."""
+        return " on ".join(part for part in (self.subject, self.model) if part)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row of evidence: a claim at one point of its parameters, on one subject and model."""
 
@@ -79,6 +96,8 @@ class Cell:
     run: Run | None
     recorded: str
     """The day of a recorded result: one that is not of the report's newest run."""
+    code: str
+    """Fingerprint of the code that measured it."""
 
     @property
     def symbol(self) -> str:
@@ -89,6 +108,11 @@ class Cell:
     def slug(self) -> str:
         """The state as a CSS class."""
         return wording.slug(self.state)
+
+    @property
+    def column(self) -> Column:
+        """The matrix column that it belongs to."""
+        return Column(self.subject, self.model)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -122,24 +146,6 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the matrix: a subject, and a model where one took part."""
-
-    subject: str
-    model: str
-
-    @property
-    def title(self) -> str:
-        """The column's heading."""
-        return self.heading or "no subject"
-
-    @property
-    def heading(self) -> str:
-        """The subject and model; empty where a claim is arithmetic."""
-        return " on ".join(part for part in (self.subject, self.model) if part)
-
-
-@dataclass(frozen=True)
 class Claim:
     """One claim with everything that its drill-down shows."""
 
@@ -162,6 +168,21 @@ class Claim:
     chips: Mapping[Column, Chip]
     total: Chip
     command: str
+    code: str
+
+    @property
+    def rows(self) -> list[Cell]:
+        """The cells that the claim asks of its subjects."""
+        return [cell for cell in self.cells if self.chips[cell.column].state != "not applicable"]
+
+    @property
+    def unasked(self) -> list[tuple[Column, list[Cell]]]:
+        """Columns to which no cell of the claim applies, with those cells."""
+        return [
+            (column, [cell for cell in self.cells if cell.column == column])
+            for column, chip in self.chips.items()
+            if chip.state == "not applicable"
+        ]
 
     @property
     def worst(self) -> Cell:
@@ -282,7 +303,9 @@ class Page:
             return ["no run yet"]
         newest = self.runs[0]
         named = dict(newest.facts)
-        facts = [newest.date, *(named[name] for name in ("device", "commit") if name in named)]
+        commit = named.get("commit", "")[:12]
+        changed = " with uncommitted changes" if commit and named.get("dirty") == "yes" else ""
+        facts = [newest.date, named.get("device", ""), f"commit {commit}{changed}" if commit else ""]
         if self.subjects:
             facts.append("subjects: " + ", ".join(self.subjects))
         if len(self.runs) > 1:

@@ -20,6 +20,7 @@ from turboquant_reports import wording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
     from turboquant_claims.results import Result
 
 INK, GRID = "#010101", "#020202"
@@ -37,9 +38,11 @@ THEME = {
 """Stand-in colours that matplotlib draws with, and what each becomes in the SVG."""
 
 MARKERS = "os^DvX"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, ENTRY = 4.8, 2.9, 0.72, 0.1, 0.08, 0.52, 0.2
-"""Inches of the drawing, its plotting area, the margins around that and one line of the legend; at 72 points an inch
-the text of 11 points stays legible when a phone shrinks the drawing."""
+WIDTH, HEIGHT = 4.8, 2.9
+"""Inches of the drawing's width and its plotting area's height: small, so that a phone shrinks it little."""
+
+LEFT, RIGHT, TOP, BOTTOM, ENTRY = 0.72, 0.1, 0.08, 0.52, 0.2
+"""Inches of the margins around the plotting area, and of one line of the legend below it."""
 
 
 class Strict(BaseModel):
@@ -202,6 +205,7 @@ def _svg(spec: FigureSpec, id_: str, curves: Mapping[str, Sequence[Point]]) -> s
         "svg.fonttype": "none",
         "svg.hashsalt": id_,
         "font.size": 11,
+        "text.parse_math": False,
         "text.color": INK,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
@@ -237,9 +241,14 @@ def _svg(spec: FigureSpec, id_: str, curves: Mapping[str, Sequence[Point]]) -> s
 
 def _draw_curve(axes: Axes, name: str, points: Sequence[Point], colour: str, marker: str) -> None:
     x, y = [p.x for p in points], [p.y for p in points]
-    axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name)
+    axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=_shown(name))
     if any(p.hi > p.lo for p in points):
         axes.vlines(x, [p.lo for p in points], [p.hi for p in points], color=colour, linewidth=1.2)
+
+
+def _shown(name: str) -> str:
+    """A name that the legend does not drop: matplotlib hides those that begin with an underscore."""
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
 
 
 def _draw_reference(axes: Axes, reference: Reference, span: tuple[float, float], line: str) -> None:
@@ -253,13 +262,13 @@ def _draw_reference(axes: Axes, reference: Reference, span: tuple[float, float],
             marker="_",
             markersize=13,
             markeredgewidth=1.6,
-            label=reference.name,
+            label=_shown(reference.name),
         )
         return
     start, stop = span
     xs = [start + (stop - start) * i / 24 for i in range(25)] if stop > start else [start - 0.5, start + 0.5]
     ys = [reference.scale * reference.base**-x if reference.base else reference.scale for x in xs]
-    axes.plot(xs, ys, color=INK, linestyle=line, linewidth=1.1, label=reference.name)
+    axes.plot(xs, ys, color=INK, linestyle=line, linewidth=1.1, label=_shown(reference.name))
 
 
 def _scale(axes: Axes, spec: FigureSpec, xs: Sequence[float]) -> None:

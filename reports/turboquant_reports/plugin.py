@@ -24,23 +24,19 @@ def pytest_turboquant_finish(
     previous: Sequence[Result] | None,
     out: Path,
 ) -> list[Path]:
-    """Render the finished run, with recorded results for the cells that this machine could not run.
+    """Render the finished run.
 
     Args:
-        config: of the session; `reports/published` is looked for beside its configuration file.
+        config: of the session.
         ledger: every claim.
-        results: the run's lines.
+        results: a line for each declared cell.
         previous: the lines of the run before, to list what changed.
         out: where to write.
 
     Returns:
         The files to read: HTML, Markdown, badge.
     """
-    from turboquant_claims.results import read
-
     from turboquant_reports.render import render, write
 
-    published = sorted((config.rootpath / "reports/published").glob("**/results.jsonl"))
-    recorded = [result for path in published for result in read(path).results]
-    paths = write(render(ledger, [*results, *recorded], previous), out)
+    paths = write(render(ledger, results, previous), out)
     return [paths[name] for name in ("report.html", "report.md", "badge.json")]

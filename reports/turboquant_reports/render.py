@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from turboquant_claims.ledger import Ledger
 from turboquant_claims.results import Result, replace_text
-
 from turboquant_reports import wording
 from turboquant_reports.assemble import assemble
 from turboquant_reports.page import EXECUTIONS, SYMBOLS, VERDICTS, Page
-from turboquant_reports.plots import draw_all
+from turboquant_reports.plots import FigureSpec, draw_all
 
 LEGEND = {
     "refuted": "The measured interval lies outside the acceptance region in at least one cell.",
@@ -38,17 +38,23 @@ class Report:
     files: dict[str, str]
 
 
-def render(ledger: Ledger, results: Iterable[Result], before: Sequence[Result] | None = None) -> Report:
+def render(
+    ledger: Ledger,
+    results: Iterable[Result],
+    before: Sequence[Result] | None = None,
+    figures: Sequence[FigureSpec] | None = None,
+) -> Report:
     """Render a report; the same input always gives the same bytes.
 
     Args:
         ledger: the declared claims.
         results: the results of one or more runs, merged; none before any run.
         before: earlier results to compare with.
+        figures: the evidence plots; by default those of figures.toml.
     """
     results = list(results)
     page = assemble(ledger, results, before)
-    page = replace(page, figures=tuple(draw_all(results)))
+    page = replace(page, figures=tuple(draw_all(results, figures)))
     environment = _environment()
     words = {
         "page": page,
