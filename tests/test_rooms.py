@@ -70,10 +70,16 @@ def test_kernels_folder_is_no_package() -> None:
 def test_transformers_imports_beside_a_package_named_kernels(tmp_path: Path) -> None:
     package = tmp_path / "kernels"
     package.mkdir()
-    (package / "__init__.py").write_text("__version__ = '0.1'\nMARK = 'the installed one'\n", encoding="utf-8")
+    (package / "__init__.py").write_text(
+        "__version__ = '0.1'\nMARK = 'the installed one'\n", encoding="utf-8"
+    )
     code = (
         "import sys; sys.path.insert(1, sys.argv[1]); import kernels; "
         "assert kernels.MARK == 'the installed one', kernels; import turboquant_kernels"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120)
-    subprocess.run([sys.executable, "-c", "import transformers"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120
+    )
+    subprocess.run(
+        [sys.executable, "-c", "import transformers"], cwd=ROOT, check=True, capture_output=True, timeout=120
+    )
