@@ -48,7 +48,8 @@ def assemble(
         days = sorted({_date(result)[:10] for result in before} - {""})
         compared_with = f"earlier results of {wording.count(len(before), 'cell')}"
         compared_with += f" ({', '.join(days)})" if days else ""
-    return Page(groups, tuple(assembly.runs.values()), changes, compared_with)
+    runs = tuple(assembly.runs.values())
+    return Page(groups, runs, changes, compared_with, tuple(assembly.measured))
 
 
 def _declared(ledger: ledger_.Ledger, result: Result) -> bool:
@@ -71,6 +72,7 @@ class _Assembly:
         self.runs = _runs(results)
         self.newest = next(iter(self.runs), "")
         self.anchors: set[str] = set()
+        self.measured: list[Result] = []
         self.found: dict[Key, list[Result]] = {}
         self.columns: dict[str, list[Column]] = {"none": [], "mse": [], "prod": [], "any": []}
         for result in results:
@@ -138,6 +140,8 @@ class _Assembly:
         if not ordered:
             return [None]
         first, *others = ordered
+        if first.execution == "ran" and first.claim_hash == claim.hash:
+            self.measured.append(first)
         differing = {
             (r.verdict, _run_key(r)): r
             for r in others

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import get_args
 
 from turboquant_claims.ledger import Verdict
+from turboquant_claims.results import Result
 from turboquant_reports import band, wording
 from turboquant_reports.changes import Change
 from turboquant_reports.plots import Plot
@@ -236,6 +237,9 @@ class Page:
     runs: tuple[Run, ...]
     changes: tuple[Change, ...]
     compared_with: str
+    measured: tuple[Result, ...] = ()
+    """The results behind the cells that have a verdict, for the plots."""
+
     figures: tuple[Plot, ...] = ()
 
     @cached_property

@@ -63,7 +63,8 @@ class Axis(Strict):
 class Curve(Strict):
     """Measured cells that belong together: one curve for each distinct name.
 
-    `name` may hold a cell's parameters and its subject in braces. `times` names a parameter to multiply with.
+    `name` may hold a cell's parameters and its subject in braces. Values are drawn times `factor` and
+    times the parameter that `times` names.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Curve(Strict):
     where: dict[str, float | int | str | bool] = {}
     subjects: list[str] = []
     times: str = ""
+    factor: float = 1.0
 
 
 class Reference(Strict):
@@ -176,12 +178,13 @@ def _points(spec: FigureSpec, curve: Curve, result: Result) -> Iterable[tuple[st
     x = result.cell.get(spec.x.parameter)
     if result.value is None or not isinstance(x, int | float):
         return
-    times = float(result.cell.get(curve.times) or 1)
+    times = curve.factor * float(result.cell.get(curve.times) or 1)
     lo, hi = (
         end if end is not None else result.value for end in result.interval or (result.value, result.value)
     )
     name = curve.name.format_map({**result.cell, "subject": result.subject})
-    yield name, Point(float(x), result.value * times, lo * times, hi * times)
+    low, high = sorted((lo * times, hi * times))
+    yield name, Point(float(x), result.value * times, low, high)
 
 
 def _plot(spec: FigureSpec, panel: str, curves: Mapping[str, Sequence[Point]]) -> Plot:
@@ -300,7 +303,7 @@ def _themed(svg: str, id_: str) -> str:
     svg = re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"{id_}-", svg)
     svg = re.sub(r"font-family:[^;\"]*;? ?", "", svg)
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), svg)
     for stand_in, colour in THEME.items():
         svg = svg.replace(stand_in, colour)
     head, rest = svg.split(">", 1)

@@ -54,7 +54,7 @@ def render(
     """
     results = list(results)
     page = assemble(ledger, results, before)
-    page = replace(page, figures=tuple(draw_all(results, figures)))
+    page = replace(page, figures=tuple(draw_all(page.measured, figures)))
     environment = _environment()
     words = {
         "page": page,

@@ -10,6 +10,7 @@ from turboquant_claims.ledger import Region
 
 MINUS = "−"
 INFINITY = "∞"
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def figure(value: float | None, *, decimals: int | None = None) -> str:
@@ -19,14 +20,24 @@ def figure(value: float | None, *, decimals: int | None = None) -> str:
     if math.isinf(value):
         return INFINITY if value > 0 else MINUS + INFINITY
     if value != 0 and not 1e-4 <= abs(value) < 1e7:
-        text = f"{value:.4g}"
-    elif decimals is not None:
+        return _powers(value)
+    if decimals is not None:
         text = f"{value:.{decimals}f}"
         if float(text) == 0:
             text = text.lstrip("-")
     else:
         text = f"{value:.6g}"
     return text.replace("-", MINUS)
+
+
+def _powers(value: float) -> str:
+    """Write a very small or large number with a power of ten: 1.5·10⁻⁵."""
+    factor, exponent = f"{value:.3e}".split("e")
+    factor = factor.rstrip("0").rstrip(".")
+    power = "10" + str(int(exponent)).translate(RAISED)
+    if factor in ("1", "-1"):
+        return (MINUS if factor == "-1" else "") + power
+    return f"{factor.replace('-', MINUS)}·{power}"
 
 
 def decimals_for(lo: float | None, hi: float | None) -> int | None:

@@ -72,6 +72,12 @@ def test_an_svg_is_small_well_formed_and_its_own() -> None:
         assert label in words
 
 
+def test_ticks_keep_their_digits() -> None:
+    (plot,) = draw([result("a-one", {"bits": b, "dim": 1}, 4.0**-b) for b in (2, 5, 7)])
+    words = {text.strip() for text in ET.fromstring(plot.svg).itertext()}
+    assert {"0.1", "0.01", "0.001"} <= words
+
+
 def test_no_fixed_ink_is_left() -> None:
     (plot,) = draw(POINTS)
     colours = set(re.findall(r"(?:stroke|fill): ([^;\"]+)", plot.svg))

@@ -88,6 +88,14 @@ def test_the_same_input_gives_the_same_bytes(make_ledger: MakeLedger, tmp_path: 
     assert other.stdout.decode() == first["report.html"]
 
 
+def test_plots_take_no_result_of_another_version_or_run(make_ledger: MakeLedger) -> None:
+    ledger = make_ledger(claims=1, cells=2)
+    results = make_results(ledger, say={0: {"claim_hash": "0" * 64}})
+    recorded = make_results(ledger, provenance={"date": "2020-01-01", "device": "another"}, seed=1)
+    (plot, _) = render(ledger, [*results, recorded[1]], None, FIGURES[:2]).page.figures
+    assert [(name, x) for name, x, _ in plot.rows] == [("ours-mse", "2")]
+
+
 def test_hostile_words_stay_words(make_ledger: MakeLedger) -> None:
     ledger = make_ledger(claims=2, cells=1, statement=HOSTILE, why=HOSTILE, title=HOSTILE)
     say = {

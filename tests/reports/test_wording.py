@@ -16,13 +16,14 @@ from turboquant_reports import wording
         (0.117484, None, "0.117484"),
         (0.117484, 4, "0.1175"),
         (-0.5, None, "−0.5"),
-        (-0.00001, 2, "−1e−05"),
+        (-0.00001, 2, "−10⁻⁵"),
         (-0.0001, 2, "0.00"),
         (math.inf, None, "∞"),
         (-math.inf, None, "−∞"),
         (None, None, ""),
         (0.0, None, "0"),
-        (123456789.0, None, "1.235e+08"),
+        (1.5e-5, 9, "1.5·10⁻⁵"),
+        (123456789.0, None, "1.235·10⁸"),
     ],
 )
 def test_figure(value: float | None, decimals: int | None, text: str) -> None:
