@@ -28,6 +28,9 @@ SLACK_BYTES = 64
 DEBYE_FROM = 40
 """Order from which the uniform expansion of a Bessel function has 1e-9 accuracy; scipy's may underflow."""
 
+HANKEL_FROM = 1e6
+"""Argument, a unit of dimension, from which two terms of a large-argument expansion do as well."""
+
 PROBED: dict[tuple[int, int, int], "float | GuardError"] = {}
 
 
@@ -38,10 +41,17 @@ class GuardError(ValueError):
 def log_bessel_scaled(order: float, x: float) -> float:
     """log(I_order(x) e^-x), for x > 0 and any order, without underflow.
 
-    Source: scipy's `ive` at small orders; above, the uniform expansion (Abramowitz and Stegun 9.7.7).
+    Source: scipy's `ive` at small orders, Hankel's expansion where x is too large for it; at large orders the
+    uniform expansion (Abramowitz and Stegun 9.7.1 and 9.7.7).
     """
-    if order < DEBYE_FROM:
+    if order < DEBYE_FROM and x < HANKEL_FROM:
         return math.log(special.ive(order, x))
+    if order < DEBYE_FROM:
+        mu = 4 * order**2
+        return (
+            math.log1p(-(mu - 1) / (8 * x) + (mu - 1) * (mu - 9) / (128 * x**2))
+            - math.log(2 * math.pi * x) / 2
+        )
     root = math.hypot(order, x)
     p = order / root
     terms = (
@@ -54,16 +64,18 @@ def log_bessel_scaled(order: float, x: float) -> float:
     return exponent - math.log(2 * math.pi * root) / 2 + math.log(sum(terms))
 
 
-def mean_resultant(dim: int, kappa: float) -> float:
-    """Mean resultant length A = I_{d/2}(kappa) / I_{d/2-1}(kappa) of the von Mises-Fisher law on S^(d-1)."""
-    return math.exp(log_bessel_scaled(dim / 2, kappa) - log_bessel_scaled(dim / 2 - 1, kappa))
+def resultant_deficit(dim: int, kappa: float) -> float:
+    """1 - A, with A = I_{d/2}(kappa) / I_{d/2-1}(kappa), a von Mises-Fisher law's mean resultant length."""
+    if kappa > HANKEL_FROM * dim:
+        return (dim - 1) / (2 * kappa) - (dim - 1) * (dim - 3) / (8 * kappa**2)
+    return -math.expm1(log_bessel_scaled(dim / 2, kappa) - log_bessel_scaled(dim / 2 - 1, kappa))
 
 
 def nats_from_uniform(dim: int, kappa: float) -> float:
     """Kullback-Leibler divergence of the von Mises-Fisher law on S^(d-1) from the uniform one, in nats."""
     half = dim / 2
     log_norm = (half - 1) * math.log(kappa / 2) - log_bessel_scaled(half - 1, kappa) - special.gammaln(half)
-    return kappa * (mean_resultant(dim, kappa) - 1) + float(log_norm)
+    return float(log_norm) - kappa * resultant_deficit(dim, kappa)
 
 
 @cache
@@ -89,10 +101,9 @@ def least_distortion(dim: int, bits_a_vector: float) -> float:
         high += 1
         if high > 600:
             return 0.0
-    kappa = math.exp(
-        optimize.brentq(lambda t: nats_from_uniform(dim, math.exp(t)) - nats, low, high, xtol=1e-13)
-    )
-    return 1 - mean_resultant(dim, kappa) ** 2
+    root = optimize.brentq(lambda log_kappa: nats_from_uniform(dim, math.exp(log_kappa)) - nats, low, high)
+    deficit = resultant_deficit(dim, math.exp(root))
+    return deficit * (2 - deficit)
 
 
 def held_bytes(thing: object) -> int:
