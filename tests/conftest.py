@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked gpu without a CUDA device, unless -m asks for them: then they fail and say why."""
+    """Deselect tests marked gpu without a CUDA device, unless -m asks for them: then they fail."""
     gpu = [
         item
         for item in items

@@ -31,7 +31,7 @@ FORBIDDEN_LIBRARIES = {
 
 
 def imported(source: str) -> set[str]:
-    """Return the top-level names of every module that a source text imports, however deep the import stands."""
+    """Return the top-level name of every module that a source text imports, at any depth."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from turboquant_claims.ledger import load_ledger
 
-# Row labels: P paper, C released code, G blog, Q and PQ the papers it builds on, E, O, R the dispute, L community, S the seed documents.
+# Row labels: P paper, C released code, G blog, Q and PQ the papers it builds on, E, O and R the dispute,
+# L community, S the seed documents.
 PAPER = [*range(1, 9), *range(10, 40), 44, 45, 46, 50, 51, 52]
 NOT_MEASURABLE_WITHOUT_A_MODEL = {
     "S0-4",

@@ -1,4 +1,4 @@
-"""Are codes the same on a CUDA device as on the CPU? Run with `pytest -m gpu tests` on a machine that has one."""
+"""Are codes the same on a CUDA device as on the CPU? `pytest -m gpu tests` runs these where there is one."""
 
 from __future__ import annotations
 
