@@ -28,7 +28,7 @@ def tox_on_install(tox_env: Any, arguments: Any, section: str, of_type: str) -> 
     lines = [f"{name}: installing downloads {download} and takes {disk} on disk."]
     if name != "lint" and sys.platform == "linux":
         lines.append(
-            "With a package index that offers no CPU build of torch, pip takes the CUDA build instead: several "
-            "GB. Point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at CPU wheels to avoid that."
+            "Where the package index offers no CPU build of torch, pip takes the CUDA build: several GB. "
+            "Point PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL at CPU wheels to avoid that."
         )
     print("\n".join(lines), file=sys.stderr, flush=True)
