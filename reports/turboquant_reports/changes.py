@@ -9,17 +9,8 @@ from dataclasses import dataclass
 from turboquant_claims.results import Key, Result
 from turboquant_reports import wording
 
-ORDER = (
-    "regression",
-    "now holds",
-    "changed",
-    "no longer runs",
-    "now runs",
-    "figure moved",
-    "new",
-    "retired",
-    "not comparable",
-)
+GRAVE = ("regression", "now holds", "changed", "no longer runs")
+ORDER = (*GRAVE, "now runs", "figure moved", "new", "retired", "not comparable")
 SAME = 1e-9
 """Relative difference below which two exact figures are the same."""
 
@@ -34,6 +25,11 @@ class Change:
     cells: int
     was: str
     now: str
+
+    @property
+    def grave(self) -> bool:
+        """Whether it concerns a verdict that stood before."""
+        return self.kind in GRAVE
 
 
 def compare(
@@ -109,4 +105,4 @@ def _moved(now: Result, before: Result) -> tuple[str, str, str] | None:
     )
     if not apart or abs(now.value - before.value) <= SAME * max(abs(now.value), abs(before.value)):
         return None
-    return "figure moved", wording.figure(before.value), wording.figure(now.value)
+    return "figure moved", *wording.apart(before.value, now.value)

@@ -204,6 +204,11 @@ class Group:
     columns: tuple[Column, ...]
     claims: tuple[Claim, ...]
 
+    @property
+    def refuted(self) -> list[Claim]:
+        """Claims refuted in at least one cell."""
+        return [claim for claim in self.claims if claim.total.state == "refuted"]
+
 
 @dataclass(frozen=True)
 class Absence:
@@ -260,7 +265,7 @@ class Page:
     @cached_property
     def refuted(self) -> list[Claim]:
         """Claims refuted in at least one cell."""
-        return [claim for claim in self.claims if claim.total.state == "refuted"]
+        return [claim for group in self.groups for claim in group.refuted]
 
     @cached_property
     def absences(self) -> list[Absence]:

@@ -30,6 +30,14 @@ def figure(value: float | None, *, decimals: int | None = None) -> str:
     return text.replace("-", MINUS)
 
 
+def apart(a: float, b: float) -> tuple[str, str]:
+    """Write two different numbers with enough digits to tell them apart."""
+    if figure(a) != figure(b):
+        return figure(a), figure(b)
+    decimals = decimals_for(min(a, b), max(a, b))
+    return figure(a, decimals=decimals), figure(b, decimals=decimals)
+
+
 def _powers(value: float) -> str:
     """Write a very small or large number with a power of ten: 1.5·10⁻⁵."""
     factor, exponent = f"{value:.3e}".split("e")
