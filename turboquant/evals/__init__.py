@@ -1,0 +1,1 @@
+"""What does the method cost on data? Evaluations that return raw measurements; the judge concludes."""
