@@ -1,11 +1,13 @@
-"""What do checks measure with? Random vectors and a subject's errors on them, every draw from an explicit seed."""
+"""What do checks measure with? Random vectors and a subject's errors on them, each draw from an explicit seed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
 from turboquant.rotation import generator, haar_matrix
 from turboquant.subjects import VectorSubject
 
@@ -38,10 +40,10 @@ def inner_product_errors(subject: VectorSubject, x: Tensor, y: Tensor, bits: int
 
 
 def error_vectors(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> Tensor:
-    """For each x (n, d) the vector e with estimate = <y, x + e>, (n, d), as an orthonormal basis of queries sees it.
+    """For each x (n, d) the e with estimate = <y, x + e>, (n, d), as an orthonormal basis of queries sees it.
 
-    Its length is the error over all queries: |e|^2 / d is the mean square for a random unit y; its part along x is the
-    bias. It comes from `inner_product` alone, whose estimates are linear in the query by their definition <y, x_hat>.
+    |e|^2 / d is the mean squared error for a random unit y, and the part of e along x is the bias. It comes from
+    `inner_product` alone, whose estimates are linear in the query by their definition <y, x_hat>.
     """
     y = queries(x.shape[1], seed)
     return inner_product_errors(subject, x, y, bits, seed).T @ y
@@ -59,16 +61,24 @@ def squared_error(subject: VectorSubject, dim: int, bits: int, seed: int, n: int
     return float(error_vectors(subject, x, bits, seed).square().sum(1).mean())
 
 
-def error_moments_at(
-    subject: VectorSubject, dim: int, bits: int, rho: float, seed: int, n: int = 512
-) -> tuple[float, float]:
-    """Mean error, and dim times the mean squared error, of <y, x> for unit y with <y, x> = rho, uniform otherwise."""
+def error_moments(
+    subject: VectorSubject, dim: int, bits: int, seed: int, n: int = 512
+) -> Callable[[float], tuple[float, float]]:
+    """Mean error, and dim times the mean squared error, as functions of <y, x> for unit x and y.
+
+    Returns:
+        A function of rho: the two moments over unit y with <y, x> = rho, uniform otherwise.
+    """
     x = sphere(n, dim, seed)
     error = error_vectors(subject, x, bits, seed)
     along = (x * error).sum(1)
     across = (error.square().sum(1) - along.square()).mean() / (dim - 1)
-    square = rho**2 * along.square().mean() + (1 - rho**2) * across
-    return rho * float(along.mean()), dim * float(square)
+
+    def at(rho: float) -> tuple[float, float]:
+        square = rho**2 * along.square().mean() + (1 - rho**2) * across
+        return rho * float(along.mean()), dim * float(square)
+
+    return at
 
 
 HOT = {"one-hot": 1, "two-hot": 2, "sparse": 8}
@@ -79,9 +89,9 @@ def inputs(family: str, n: int, dim: int, seed: int) -> Tensor:
     """Unit vectors of a family that an adversary might choose.
 
     Args:
-        family: "sphere" (uniform), "one-hot", "two-hot", "sparse" (8 equal coordinates; places and signs at random),
-            "hypercube" (the constant vector under random signs), "plane" (uniform in one random subspace of 4
-            dimensions) or "cone" (close around one direction).
+        family: "sphere" (uniform), "one-hot", "two-hot", "sparse" (8 equal coordinates; places and signs at
+            random), "hypercube" (the constant vector under random signs), "plane" (uniform in one random
+            subspace of 4 dimensions) or "cone" (close around one direction).
         n: Number of vectors.
         dim: Their dimension, at least 8.
         seed: Picks the vectors.
@@ -101,19 +111,21 @@ def inputs(family: str, n: int, dim: int, seed: int) -> Tensor:
         signs = 2.0 * torch.randint(2, (n, hot), generator=source) - 1.0
         return torch.zeros(n, dim).scatter_(1, places, signs / math.sqrt(hot))
     if family == "plane":
-        x = torch.randn(n, 4, generator=source) @ torch.randn(4, dim, generator=source)
+        x: Tensor = torch.randn(n, 4, generator=source) @ torch.randn(4, dim, generator=source)
     elif family == "cone":
         x = torch.randn(dim, generator=source) + 0.5 * torch.randn(n, dim, generator=source)
     else:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
-    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.nn.functional.normalize(x, dim=1)
 
 
-def distortion_on(subject: VectorSubject, family: str, dim: int, bits: int, seed: int, n: int = 128) -> float:
-    """Mean distortion on `inputs` of a family over 8 seeds of the subject, n vectors each.
+def distortion_on(
+    subject: VectorSubject, family: str, dim: int, bits: int, seed: int, *, n: int = 128
+) -> float:
+    """Mean distortion on `inputs` of a family over 4 seeds of the subject, n vectors each.
 
-    Vectors of one family lean on each other under one rotation (an orthonormal basis has one energy to share), so that
-    eight rotations say more than eight times the vectors.
+    Vectors of one family lean on each other under one rotation (an orthonormal basis has one energy to share),
+    so that four rotations say more than four times the vectors.
     """
-    seeds = [8 * seed + k for k in range(8)]
-    return sum(distortion(subject, inputs(family, n, dim, one), bits, one) for one in seeds) / 8
+    seeds = [4 * seed + k for k in range(4)]
+    return sum(distortion(subject, inputs(family, n, dim, one), bits, one) for one in seeds) / 4

@@ -1,23 +1,27 @@
 """Does the distortion depend on the input, its length or its neighbours?"""
 
 import torch
+
 from turboquant import theory
+from turboquant.subjects import VectorSubject
 from turboquant_claims import claim, measure
+from turboquant_claims.evidence import Record
+from turboquant_claims.ledger import Cell
 
 
 @claim("paper-v1-worst-case-bound")
-def test_worst_case_inputs(cell, subject, record):
+def test_worst_case_inputs(cell: Cell, subject: VectorSubject, record: Record) -> None:
     """The distortion on inputs that an adversary might choose, in units of 4^-b."""
     n = 128 if cell["bits"] <= 4 else 512
     record.samples(
-        measure.distortion_on(subject, cell["inputs"], cell["dim"], cell["bits"], seed, n)
+        measure.distortion_on(subject, cell["inputs"], cell["dim"], cell["bits"], seed, n=n)
         / theory.mse_lower_bound(cell["bits"])
         for seed in cell.seeds()
     )
 
 
 @claim("paper-v1-independent-of-the-input")
-def test_against_uniform_inputs(cell, subject, record):
+def test_against_uniform_inputs(cell: Cell, subject: VectorSubject, record: Record) -> None:
     """The distortion on a family of inputs less that on uniform ones, in units of the exact law."""
     dim, bits = cell["dim"], cell["bits"]
     unit = theory.distortion(bits, dim)
@@ -30,7 +34,7 @@ def test_against_uniform_inputs(cell, subject, record):
 
 
 @claim("paper-v1-rescaled-norms")
-def test_vectors_of_any_length(cell, subject, record):
+def test_vectors_of_any_length(cell: Cell, subject: VectorSubject, record: Record) -> None:
     """The distortion relative to the squared length, of vectors that are not of unit length."""
     dim, bits = cell["dim"], cell["bits"]
     record.samples(
@@ -40,8 +44,8 @@ def test_vectors_of_any_length(cell, subject, record):
 
 
 @claim("paper-v1-online")
-def test_each_vector_on_its_own(cell, subject, record):
-    """How much a vector's reconstruction changes if it is coded alone rather than among very different ones."""
+def test_each_vector_on_its_own(cell: Cell, subject: VectorSubject, record: Record) -> None:
+    """How much a vector's reconstruction changes if it is coded alone and not among very different ones."""
     dim, bits, seed = cell["dim"], cell["bits"], cell.seed
     x = measure.sphere(16, dim, seed)
     crowd = measure.inputs("cone", 512, dim, seed) * 100

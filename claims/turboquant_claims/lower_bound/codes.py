@@ -1,7 +1,7 @@
-"""How well can a code on the sphere do? Exact moments of codes under a random rotation, and the limits of any code.
+"""How well can a code on the sphere do? Exact moments of codes, and the limits of any code.
 
-A code of N = 2^(bits * dim) codewords, rotated at random, is a randomized quantizer whose error is the same for every
-unit vector x. All that matters is the cosine between x and the nearest codeword: its mean and its mean square.
+A code of N = 2^(bits * dim) codewords, rotated at random, is a randomized quantizer whose error is the same
+for every unit vector x. All that matters is the cosine between x and the nearest codeword.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def polygon(bits: int) -> Code:
 
 
 def antiprism() -> Code:
-    """Eight points on the sphere, two squares at height 0.56 turned by 45 degrees: 1 bit a coordinate at dim = 3."""
+    """Eight points on the sphere, two squares 45 degrees apart: 1 bit a coordinate at dim = 3."""
     height, turn = 0.56, np.arange(8) * math.pi / 4
     radius = math.sqrt(1 - height**2)
     sign = np.where(np.arange(8) % 2, -1.0, 1.0)
@@ -81,7 +81,7 @@ def random_code(bits: int, dim: int) -> Code:
 def rate_distortion(bits: float, dim: int) -> float:
     """The least E||x - x_hat||^2 of a uniform unit vector at bits * dim bits of mutual information.
 
-    Reached by a von Mises-Fisher channel of concentration k: distortion 1 - A(k)^2 with A = I_(d/2) / I_(d/2-1).
+    A von Mises-Fisher channel of concentration k reaches it: 1 - A(k)^2 with A = I_(d/2) / I_(d/2-1).
     """
     order = dim / 2 - 1
 
@@ -91,7 +91,8 @@ def rate_distortion(bits: float, dim: int) -> float:
     def information(log_k: float) -> float:
         k = math.exp(log_k)
         bessel = math.log(special.ive(order, k)) + k
-        return k * mean_cosine(k) - special.gammaln(dim / 2) - order * math.log(2 / k) - bessel
+        volume = float(special.gammaln(dim / 2)) + order * math.log(2 / k)
+        return k * mean_cosine(k) - volume - bessel
 
     wanted = bits * dim * math.log(2)
     low, high = math.log(dim / 8), math.log(4.0 * dim * 4.0**bits)
@@ -109,6 +110,6 @@ def tangent_bound(bits: float, dim: int) -> float:
 def covering_bound(bits: int, dim: int) -> float:
     """The least worst-case ||x - x_hat||^2 of a fixed code: its caps must cover the sphere.
 
-    2^(bits * dim) caps of half-angle theta cover it only if each holds that share of it; the error is sin^2 theta.
+    2^(bits * dim) caps of half-angle theta cover it only if each holds its share; the error is sin^2 theta.
     """
     return float(special.betaincinv((dim - 1) / 2, 0.5, 2.0 * 2.0 ** -(bits * dim)))
