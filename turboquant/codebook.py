@@ -11,11 +11,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from turboquant import theory
 
-__all__ = ["Codebook", "codebook", "grid_codebook"]
+__all__ = ["GRID", "Codebook", "codebook", "grid_codebook"]
+
+
+Array = NDArray[np.float64]
+GRID = 2.0**-26
+"""Thresholds are multiples of this, so that integers find codes; float32 is coarser for most of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,7 @@ class Codebook:
         bits: Bits a coordinate, 0..8.
         dim: Dimension whose coordinate law it is made for; None for the Gaussian limit.
         centroids: float32 (2^bits,), ascending, in scaled units.
-        thresholds: float32 (2^bits - 1,), ascending: the midpoints between centroids.
+        thresholds: float32 (2^bits - 1,), ascending: midpoints between centroids, to the nearest GRID.
         distortion: E||x - x_hat||^2 of a unit vector x, exact on the coordinate law of `dim`.
     """
 
@@ -55,7 +61,7 @@ def codebook(bits: int, dim: int | None) -> Codebook:
         arXiv:2504.19874v1, equation 4.
     """
     centroids, thresholds, distortion = theory.lloyd_max(bits, dim)
-    return Codebook(bits, dim, _float32(centroids), _float32(thresholds), distortion)
+    return Codebook(bits, dim, _float32(centroids), _thresholds(thresholds), distortion)
 
 
 @lru_cache(maxsize=64)
@@ -76,9 +82,13 @@ def grid_codebook(bits: int, dim: int | None) -> Codebook:
     half = np.asarray(levels) / scale
     centroids = np.concatenate([-half[::-1], half])
     return Codebook(
-        bits, dim, _float32(centroids), _float32(0.5 * (centroids[:-1] + centroids[1:])), distortion
+        bits, dim, _float32(centroids), _thresholds(0.5 * (centroids[:-1] + centroids[1:])), distortion
     )
 
 
-def _float32(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Tensor:
+def _thresholds(values: Array) -> Tensor:
+    return _float32(np.round(values / GRID) * GRID)
+
+
+def _float32(values: Array) -> Tensor:
     return torch.from_numpy(values).to(torch.float32)

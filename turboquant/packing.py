@@ -8,6 +8,8 @@ them.)
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,14 +40,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     check_bits(bits, 1)
     _check_bytes(codes, "codes")
     n = codes.shape[-1]
-    if bits == 8 or n == 0:
-        return codes.contiguous()
-    word = _words(pad(codes, (0, -n % 8)))
+    if bits == 8 or not codes.numel():
+        return codes.new_empty(*codes.shape[:-1], packed_bytes(n, bits)) if bits < 8 else codes.contiguous()
+    if n % 8:
+        codes = pad(codes, (0, -n % 8))
+    word = _aligned(codes).view(torch.int64) & _mask(bits, 8)
     for width in (8, 16, 32):
         held = bits * width // 8
-        low = word & _mask(held, 2 * width)
-        word = low.bitwise_or_((word >> (width - held)).bitwise_and_(_mask(held, 2 * width) << held))
-    squeezed = word.view(torch.uint8).view(-1, 8)[:, :bits].reshape(*codes.shape[:-1], -(-n // 8) * bits)
+        high = (word >> (width - held)).bitwise_and_(_mask(held, 2 * width) << held)
+        word.bitwise_and_(_mask(held, 2 * width)).bitwise_or_(high)
+    used = _used(word, bits)
+    squeezed = torch.empty(*codes.shape[:-1], -(-n // 8) * bits, dtype=torch.uint8, device=codes.device)
+    squeezed.view(-1).view(used.dtype).view(used.shape).copy_(used)
     return squeezed[..., : packed_bytes(n, bits)].contiguous()
 
 
@@ -69,21 +75,31 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         raise ValueError(
             f"{n} codes of {bits} bits take {packed_bytes(n, bits)} bytes a row, not {packed.shape[-1]}"
         )
-    if bits == 8 or n == 0:
-        return packed.contiguous()
-    groups = pad(packed, (0, -packed.shape[-1] % bits)).reshape(-1, bits)
-    word = _words(pad(groups, (0, 8 - bits)))
+    if bits == 8 or not packed.numel():
+        return packed.new_empty(*packed.shape[:-1], n) if bits < 8 else packed.contiguous()
+    if packed.shape[-1] % bits:
+        packed = pad(packed, (0, -packed.shape[-1] % bits))
+    word = torch.zeros(packed.numel() // bits, dtype=torch.int64, device=packed.device)
+    used = _used(word, bits)
+    used.copy_(_aligned(packed).view(used.dtype).view(used.shape))
     for width in (32, 16, 8):
         held = bits * width // 8
-        low = word & _mask(held, 2 * width)
-        word = low.bitwise_or_((word << (width - held)).bitwise_and_(_mask(held, 2 * width) << width))
+        high = (word << (width - held)).bitwise_and_(_mask(held, 2 * width) << width)
+        word.bitwise_and_(_mask(held, 2 * width)).bitwise_or_(high)
     return word.view(torch.uint8).view(*packed.shape[:-1], -(-n // 8) * 8)[..., :n].contiguous()
 
 
-def _words(octets: Tensor) -> Tensor:
-    """The bytes of a (..., 8 k) tensor as one row of 64-bit words, copied only if they are misaligned."""
+def _used(word: Tensor, bits: int) -> Tensor:
+    """A view of the lowest 8 * bits bits of each 64-bit word, in the largest units that they consist of."""
+    unit = math.gcd(bits, 8)
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[unit]
+    return word.view(dtype).view(-1, 8 // unit)[:, : bits // unit]
+
+
+def _aligned(octets: Tensor) -> Tensor:
+    """The bytes of a tensor as one row that may be viewed as longer words, copied only if it must be."""
     row = octets.reshape(-1)
-    return (row if row.storage_offset() % 8 == 0 else row.clone()).view(torch.int64)
+    return row if row.storage_offset() % 8 == 0 else row.clone()
 
 
 def _mask(held: int, lane: int) -> int:

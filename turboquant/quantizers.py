@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turboquant.codebook import Codebook, codebook, grid_codebook
+from turboquant.codebook import GRID, Codebook, codebook, grid_codebook
 from turboquant.packing import pack, packed_bytes, unpack
 from turboquant.rotation import Rotation, full_precision, generator, haar_matrix, make_rotation
 from turboquant.theory import check_bits, check_dim, mean_abs_coordinate
@@ -811,32 +811,54 @@ def quantizer_of(recipe: str, device: str = "cpu") -> Quantizer:
 
 
 class _Rounding:
-    """Codes of scaled coordinates and levels of codes, for one codebook on one device."""
+    """Codes of scaled coordinates and levels of codes, for one codebook on one device.
+
+    The code of z is the number of thresholds <= z, and one look-up finds it. Thresholds are multiples of GRID,
+    so that w = floor(z / GRID) decides; w falls in cells of 2^shift steps, chosen so that none holds two
+    thresholds. In a cell that starts at s with code c, and has a threshold p steps on, the code of w is
+    (w - s + (c + 1) 2^shift - p) >> shift: the table holds all but w.
+    """
 
     def __init__(self, book: Codebook, device: torch.device) -> None:
         self.bits = book.bits
-        self.thresholds = book.thresholds.to(device)
         self.centroids = book.centroids.to(device)
+        steps = (book.thresholds.double() / GRID).round().long()
+        self._shift = 26
+        while len(torch.unique_consecutive(steps >> self._shift)) < len(steps):
+            self._shift -= 1
+        width = 1 << self._shift
+        self._edge = width * (
+            int(steps.abs().max() if len(steps) else 0) // width + 1
+        )  # beyond every threshold
+        starts = torch.arange(-self._edge, self._edge + 1, width)
+        below = torch.searchsorted(steps, starts, right=True)
+        into = torch.cat([steps, steps.new_tensor([1 << 40])])[below] - starts
+        table = (below + 1) * width - into.clamp(max=width) - (starts + self._edge)
+        self._table = table.to(torch.int32).to(device)
 
     def codes(self, z: Tensor) -> Tensor:
-        """uint8 codes: the number of thresholds <= z."""
-        return torch.bucketize(z, self.thresholds, right=True, out_int32=True).to(torch.uint8)
+        """uint8 codes of float32 coordinates."""
+        steps = (z.reshape(-1) * (1 / GRID)).floor_().clamp_(-self._edge, self._edge).to(torch.int32)
+        steps += self._edge
+        codes = torch.index_select(self._table, 0, steps >> self._shift)
+        codes += steps
+        return codes.bitwise_right_shift_(self._shift).to(torch.uint8).view(z.shape)
 
     def levels(self, packed: Tensor, n: int) -> Tensor:
         """float32 levels (rows, n) of packed codes."""
-        return self.centroids[unpack(packed, self.bits, n).int()]
+        codes = unpack(packed, self.bits, n).to(torch.int32)
+        return torch.index_select(self.centroids, 0, codes.view(-1)).view(codes.shape)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """Row sums of squares, added in halves: an order that no device, batch or thread count changes."""
-    total = x * x
-    while total.shape[-1] > 1:
-        half = total.shape[-1] // 2
-        folded = total[:, :half] + total[:, half : 2 * half]
-        if total.shape[-1] % 2:
-            folded[:, 0] += total[:, -1]
-        total = folded
-    return total[:, 0]
+    squares = x * x
+    width = x.shape[-1]
+    while width > 1:
+        half = width // 2
+        squares[:, :half] += squares[:, width - half : width]
+        width -= half
+    return squares[:, 0]
 
 
 def _shaped(held: Mapping[str, Tensor], shape: tuple[int, ...], recipe: str) -> Codes:

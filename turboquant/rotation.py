@@ -16,9 +16,9 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor
-from turboquant_kernels.hadamard import hadamard, hadamard_order
 
 from turboquant.theory import check_dim
+from turboquant_kernels.hadamard import hadamard, hadamard_order
 
 __all__ = [
     "HaarRotation",
