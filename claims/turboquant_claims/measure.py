@@ -1,4 +1,4 @@
-"""What do checks measure with? Random vectors and a subject's errors on them, each draw from an explicit seed."""
+"""What do checks measure with? Random vectors and a subject's errors on them, from explicit seeds."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def inner_product_errors(subject: VectorSubject, x: Tensor, y: Tensor, bits: int
 def error_vectors(subject: VectorSubject, x: Tensor, bits: int, seed: int) -> Tensor:
     """For each x (n, d) the e with estimate = <y, x + e>, (n, d), as an orthonormal basis of queries sees it.
 
-    |e|^2 / d is the mean squared error for a random unit y, and the part of e along x is the bias. It comes from
-    `inner_product` alone, whose estimates are linear in the query by their definition <y, x_hat>.
+    |e|^2 / d is the mean squared error for a random unit y, and the part of e along x is the bias. It comes
+    from `inner_product` alone, whose estimates are linear in the query by their definition <y, x_hat>.
     """
     y = queries(x.shape[1], seed)
     return inner_product_errors(subject, x, y, bits, seed).T @ y
@@ -125,7 +125,12 @@ def distortion_on(
     """Mean distortion on `inputs` of a family over 4 seeds of the subject, n vectors each.
 
     Vectors of one family lean on each other under one rotation (an orthonormal basis has one energy to share),
-    so that four rotations say more than four times the vectors.
+    so that four rotations say more than four times the vectors. Lengths vary a little: a subject whose error is
+    the same under every rotation gives evidence too, and no exact tie.
     """
-    seeds = [4 * seed + k for k in range(4)]
-    return sum(distortion(subject, inputs(family, n, dim, one), bits, one) for one in seeds) / 4
+
+    def one_seed(seed: int) -> float:
+        lengths = 0.5 + torch.rand(n, 1, generator=generator(seed, "lengths"))
+        return distortion(subject, lengths * inputs(family, n, dim, seed), bits, seed)
+
+    return sum(one_seed(4 * seed + k) for k in range(4)) / 4

@@ -1,8 +1,7 @@
-"""Does an unbiased inner product need the second stage, and when is it worth its bit? One stage against two."""
+"""Does an unbiased inner product need the second stage, and when is it worth its bit?"""
 
 from turboquant.quantizers import MseQuantizer, ProdQuantizer
 from turboquant.subjects import OurSubject
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
@@ -34,7 +33,7 @@ def test_error_of_a_rescaled_stage(cell: Cell, record: Record) -> None:
 def error_at(quantizer: OurSubject, cell: Cell) -> list[float]:
     """d times the mean squared error at the cell's inner product, one number a cluster."""
     return [
-        measure.error_moments_at(quantizer, cell["dim"], cell["bits"], cell["rho"], seed)[1]
+        measure.error_moments(quantizer, cell["dim"], cell["bits"], seed)(cell["rho"])[1]
         for seed in cell.seeds()
     ]
 

@@ -3,7 +3,6 @@
 import math
 
 from turboquant import theory
-
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell

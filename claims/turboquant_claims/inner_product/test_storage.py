@@ -1,7 +1,6 @@
 """What does Algorithm 2 store beside its b bits a coordinate?"""
 
 from turboquant.subjects import VectorSubject
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell

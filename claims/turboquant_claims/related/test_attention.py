@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
 from turboquant import theory
 from turboquant.quantizers import MseQuantizer, ProdQuantizer
 from turboquant.subjects import OurSubject, VectorSubject
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell

@@ -3,7 +3,6 @@
 import math
 
 from turboquant.rivals import to_polar
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
@@ -13,8 +12,8 @@ from turboquant_claims.ledger import Cell
 def test_angles(cell: Cell, record: Record) -> None:
     """Angles of one level against their law.
 
-    A density proportional to sin^(m-1)(2 psi), m = 2^(level-1), makes cos(2 psi) a coordinate of a uniform point on
-    the sphere in m + 1 dimensions; at the first level psi itself is uniform.
+    A density proportional to sin^(m-1)(2 psi), m = 2^(level-1), makes cos(2 psi) a coordinate of a uniform
+    point on the sphere in m + 1 dimensions; at the first level psi itself is uniform.
     """
     level, dim = cell["level"], cell["dim"]
     vectors = -(-cell.n * 2**level // dim)

@@ -4,9 +4,9 @@ import math
 
 import torch
 from scipy import special
+
 from turboquant.rivals import RIVALS, Qjl
 from turboquant.rotation import generator
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
@@ -18,16 +18,14 @@ ORTHOGONAL = Qjl(orthogonal=True)
 @claim("paper-v1-qjl-unbiased", "qjl-unbiased")
 def test_unbiased(cell: Cell, record: Record) -> None:
     """Mean of <y, x~> - <y, x> for unit vectors with <y, x> = rho."""
-    record.samples(
-        measure.error_moments_at(QJL, cell["dim"], 1, cell["rho"], seed)[0] for seed in cell.seeds()
-    )
+    record.samples(measure.error_moments(QJL, cell["dim"], 1, seed)(cell["rho"])[0] for seed in cell.seeds())
 
 
 @claim("paper-v1-qjl-variance-bound", "paper-v1-qjl-variance-law")
 def test_variance(cell: Cell, record: Record) -> None:
     """d times the mean squared error, which for an unbiased sketch is its variance."""
     record.samples(
-        measure.error_moments_at(QJL, cell["dim"], 1, cell["rho"], seed, n=2048)[1] for seed in cell.seeds()
+        measure.error_moments(QJL, cell["dim"], 1, seed, n=2048)(cell["rho"])[1] for seed in cell.seeds()
     )
 
 

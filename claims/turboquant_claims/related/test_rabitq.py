@@ -3,7 +3,6 @@
 import math
 
 from turboquant.subjects import VectorSubject
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell

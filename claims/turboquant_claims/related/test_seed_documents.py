@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
+
 from turboquant.rotation import generator, haar_matrix
 from turboquant.subjects import VectorSubject
-
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
@@ -70,8 +70,9 @@ def largest_elsewhere(count: int, rng: np.random.Generator) -> float:
 def demo_correlation(rotated: bool, same_pairs: bool, seed: int) -> float:
     """Correlation of pairwise distances before and after the demo's quantizer.
 
-    Only vectors whose distances are compared are drawn; the largest of all other values, which the scale depends on,
-    comes from its own law. That is the demo's law exactly: its data are iid normal, so rotated data are as well.
+    Only vectors whose distances are compared are drawn; the largest of all other values, which the scale
+    depends on, comes from its own law. That is the demo's law exactly: its data are iid normal, and so are
+    rotated ones.
     """
     rng = np.random.default_rng(seed)
     before = rng.standard_normal((DEMO_SAMPLE, DEMO_DIM))
@@ -85,7 +86,7 @@ def demo_correlation(rotated: bool, same_pairs: bool, seed: int) -> float:
 
 @claim("seed-accuracy-blog-polar-correlation", "seed-accuracy-blog-naive-correlation")
 def test_distance_correlation(cell: Cell, record: Record) -> None:
-    """Correlation of distances, for the same pairs or, as the printed demo has it, for two unrelated samples."""
+    """Correlation of distances: of the same pairs, or of two unrelated samples, as the demo is printed."""
     record.samples(demo_correlation(cell["rotated"], cell["pairs"] == "same", seed) for seed in cell.seeds())
 
 
@@ -101,9 +102,9 @@ def test_rotation_raises_correlation(cell: Cell, record: Record) -> None:
 
 @claim("seed-accuracy-blog-jl-any-set")
 def test_projection_of_any_set(cell: Cell, record: Record) -> None:
-    """Largest relative error of a squared distance under one random projection, by when the points are chosen."""
+    """Largest relative error of a squared distance under one projection, by when the points are chosen."""
     points, dim, epsilon = cell["points"], cell["dim"], cell["epsilon"]
-    rows = math.ceil(8 * math.log(points) / epsilon**2)
+    rows = math.ceil(16 * math.log(points) / epsilon**2)
     source = np.random.default_rng(cell.seed)
     projection = source.standard_normal((rows, dim)) / math.sqrt(rows)
 
