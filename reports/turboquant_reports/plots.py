@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,6 +74,14 @@ class Curve(Strict):
     subjects: list[str] = []
     times: str = ""
     factor: float = 1.0
+
+    def takes(self, result: Result) -> bool:
+        """Whether a result belongs to the curve; in `claims`, * stands for any text."""
+        return (
+            any(fnmatchcase(result.claim, pattern) for pattern in self.claims)
+            and (not self.subjects or result.subject in self.subjects)
+            and all(result.cell.get(name) == value for name, value in self.where.items())
+        )
 
 
 class Reference(Strict):
@@ -140,31 +149,32 @@ def draw_all(results: Iterable[Result], specs: Sequence[FigureSpec] | None = Non
     plots: list[Plot] = []
     for spec in specification().figure if specs is None else specs:
         panels = _panels(spec, ran)
-        plots.extend(_plot(spec, panel, curves) for panel, curves in panels.items())
+        names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+        plots.extend(_plot(spec, panel, curves, names) for panel, curves in panels.items())
         if not panels:
-            wanted = sorted({claim for curve in spec.curve for claim in curve.claims})
-            missing = f"none of its claims ran ({', '.join(wanted)})"
+            wanted = sorted({claim for curve in spec.curve for claim in curve.claims} - {"*"})
+            missing = (
+                f"none of its claims ran ({', '.join(wanted)})"
+                if wanted
+                else f"no result has its {spec.note}"
+            )
             plots.append(Plot(spec.id, spec.title, spec.caption, spec.x.label, "", (), missing))
     return plots
 
 
 def _panels(spec: FigureSpec, ran: Sequence[Result]) -> dict[str, dict[str, list[Point]]]:
-    """Sort the measured points into panels and curves, both in the order in which the ledger has them."""
-    panels: dict[str, dict[str, list[Point]]] = {}
+    """Sort the measured points into panels and curves, with one point for each x: the ledger's first."""
+    panels: dict[str, dict[str, dict[float, Point]]] = {}
     for curve in spec.curve:
         for result in ran:
-            if result.claim not in curve.claims or (curve.subjects and result.subject not in curve.subjects):
-                continue
-            if any(result.cell.get(name) != value for name, value in curve.where.items()):
+            if not curve.takes(result):
                 continue
             panel = wording.parameters(result.cell, spec.panels) if spec.panels else ""
-            curves = panels.setdefault(panel, {})
             for name, point in _points(spec, curve, result):
-                curves.setdefault(name, []).append(point)
+                panels.setdefault(panel, {}).setdefault(name, {}).setdefault(point.x, point)
     return {
-        panel: {name: sorted(set(points), key=lambda p: p.x) for name, points in curves.items()}
+        panel: {name: [points[x] for x in sorted(points)] for name, points in curves.items()}
         for panel, curves in panels.items()
-        if curves
     }
 
 
@@ -187,7 +197,7 @@ def _points(spec: FigureSpec, curve: Curve, result: Result) -> Iterable[tuple[st
     yield name, Point(float(x), result.value * times, low, high)
 
 
-def _plot(spec: FigureSpec, panel: str, curves: Mapping[str, Sequence[Point]]) -> Plot:
+def _plot(spec: FigureSpec, panel: str, curves: Mapping[str, Sequence[Point]], names: Sequence[str]) -> Plot:
     id_ = "-".join(part for part in (spec.id, wording.slug(panel)) if part)
     rows = [
         (name, wording.figure(p.x), wording.figure(p.y, decimals=wording.decimals_for(p.lo, p.hi)))
@@ -196,10 +206,11 @@ def _plot(spec: FigureSpec, panel: str, curves: Mapping[str, Sequence[Point]]) -
     ]
     rows += [(r.name, wording.figure(x), wording.figure(y)) for r in spec.reference for x, y in r.points]
     title = f"{spec.title}: {panel}" if panel else spec.title
-    return Plot(id_, title, spec.caption, spec.x.label, _svg(spec, id_, curves), tuple(rows))
+    return Plot(id_, title, spec.caption, spec.x.label, _svg(spec, id_, curves, names), tuple(rows))
 
 
-def _svg(spec: FigureSpec, id_: str, curves: Mapping[str, Sequence[Point]]) -> str:
+def _svg(spec: FigureSpec, id_: str, curves: Mapping[str, Sequence[Point]], names: Sequence[str]) -> str:
+    """Draw one panel; a curve has the colour and marker of its place among the `names` of all panels."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -230,15 +241,16 @@ def _svg(spec: FigureSpec, id_: str, curves: Mapping[str, Sequence[Point]]) -> s
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasSVG(figure)
         axes = figure.add_axes(area)
-        for i, (name, points) in enumerate(curves.items()):
-            _draw_curve(axes, name, points, HUES[i % len(HUES)], MARKERS[i % len(MARKERS)])
+        for name, points in curves.items():
+            place = names.index(name)
+            _draw_curve(axes, name, points, HUES[place % len(HUES)], MARKERS[place % len(MARKERS)])
         span = [point.x for points in curves.values() for point in points]
         for i, reference in enumerate(spec.reference):
             _draw_reference(axes, reference, (min(span), max(span)), ("--", ":", "-.")[i % 3])
         _scale(axes, spec, sorted(set(span)))
         figure.legend(loc="lower left", frameon=False, fontsize=10.5, handlelength=2.6, borderaxespad=0)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", transparent=True)
     return _themed(text.getvalue(), id_)
 
 

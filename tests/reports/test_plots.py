@@ -110,6 +110,30 @@ def test_curves_from_notes_one_drawing_a_panel() -> None:
     assert len({plot.id for plot in drawn}) == 4
 
 
+def test_a_curve_keeps_its_colour_in_every_panel() -> None:
+    results = [
+        result("a-one", {"data": data}, 0.5, note={"curves": {name: {"1": 0.5} for name in names}})
+        for data, names in (("minilm", ("PQ", "ours")), ("synthetic", ("ours",)))
+    ]
+    first, second = draw(
+        results, note="curves", panels=["data"], reference=[], curve=[{"name": "", "claims": ["*"]}]
+    )
+    assert "var(--c0" in first.svg
+    assert "var(--c1" in first.svg
+    assert "var(--c0" not in second.svg
+    assert "var(--c1" in second.svg
+
+
+def test_the_first_of_two_points_at_one_x_is_drawn() -> None:
+    twice = [result("a-one", {"bits": 1, "dim": 8}, value) for value in (0.36, 0.5)]
+    assert [y for name, _, y in draw(twice, reference=[])[0].rows] == ["2.88"]
+
+
+def test_a_figure_that_any_claim_may_feed_says_what_no_result_has() -> None:
+    (plot,) = draw(POINTS, note="curves", curve=[{"name": "", "claims": ["*"]}])
+    assert plot.missing == "no result has its curves"
+
+
 def test_a_hostile_name_stays_text() -> None:
     (plot,) = draw([result("a-one", {"bits": 1, "dim": 8}, 0.3, subject="_<script>alert(1)</script>$\\x$")])
     assert "<script" not in plot.svg
