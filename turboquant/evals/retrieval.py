@@ -8,7 +8,7 @@ so all k are read from one pass and nothing is sorted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any
@@ -286,24 +286,22 @@ def recall_command(
     from rich.console import Console
     from rich.table import Table
 
-    columns = ["data", "bits", "method", "bytes", "index s", *(f"1@{k}" for k in KS)]
-    table = Table(*columns, title="Recall of the true nearest neighbour")
     console = Console()
-    with console.status("measuring"):
-        try:
-            for row in recall_table(data or ["isotropic"], bits or [2, 4], method or METHODS, range(seeds)):
-                curve: Mapping[int, float] = row["recall"]
-                table.add_row(
-                    row["data"],
-                    str(row["bits"]),
-                    row["method"],
-                    f"{row['vector_bytes']:.0f}",
-                    f"{row['index_seconds']:.3g}",
-                    *(f"{curve[k]:.4f}" for k in KS),
-                )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-    console.print(table)
+    for name in data or ["isotropic"]:
+        columns = ("bits", "method", "bytes", "index s", *(f"1@{k}" for k in KS))
+        table = Table(
+            *columns, title=f"Recall of the true nearest neighbour: {name}", box=None, pad_edge=False
+        )
+        with console.status(f"measuring {name}"):
+            try:
+                for row in recall_table([name], bits or [2, 4], method or METHODS, range(seeds)):
+                    seconds, curve = f"{row['index_seconds']:.3g}", (f"{row['recall'][k]:.3f}" for k in KS)
+                    table.add_row(
+                        str(row["bits"]), row["method"], f"{row['vector_bytes']:.0f}", seconds, *curve
+                    )
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+        console.print(table)
 
 
 def _measured(
