@@ -15,7 +15,7 @@ from turboquant.subjects import VectorSubject
 def sphere(n: int, dim: int, seed: int) -> Tensor:
     """n independent uniform points on the unit sphere, (n, dim) float32."""
     x = torch.randn(n, dim, generator=generator(seed, "sphere"), dtype=torch.float64)
-    return (x / torch.linalg.vector_norm(x, dim=1, keepdim=True)).float()
+    return torch.nn.functional.normalize(x).float()
 
 
 def queries(dim: int, seed: int) -> Tensor:

@@ -4,15 +4,16 @@ import numpy as np
 import torch
 
 from turboquant.rotation import generator, make_rotation
-from turboquant_claims import claim, measure
+from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
 
 
 @claim("paper-v1-rotated-vector-uniform")
 def test_rotated_coordinate(cell: Cell, record: Record) -> None:
-    """The first coordinate of one fixed vector, under n rotations of our own."""
-    x = measure.inputs(cell["inputs"], 1, cell["dim"], cell.seed)
+    """The first coordinate of a vector with one or two coordinates other than 0, under n rotations."""
+    x = torch.zeros(1, cell["dim"])
+    x[:, : cell["hot"]] = cell["hot"] ** -0.5
     samples = [make_rotation("haar", cell["dim"], seed=seed).forward(x)[0, 0] for seed in cell.seeds(cell.n)]
     record.law(samples, "sphere-coordinate", dim=cell["dim"])
 
