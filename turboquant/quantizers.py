@@ -813,8 +813,8 @@ def quantizer_of(recipe: str, device: str = "cpu") -> Quantizer:
 class _Rounding:
     """Codes of scaled coordinates and levels of codes, for one codebook on one device.
 
-    The code of z is the number of thresholds <= z, and one look-up finds it. Thresholds are multiples of GRID,
-    so that w = floor(z / GRID) decides; w falls in cells of 2^shift steps, chosen so that none holds two
+    The code of z is the number of thresholds <= z, and one look-up finds it. Thresholds are multiples of
+    GRID, so w = floor(z / GRID) decides. It falls in cells of 2^shift steps, chosen so that none holds two
     thresholds. In a cell that starts at s with code c, and has a threshold p steps on, the code of w is
     (w - s + (c + 1) 2^shift - p) >> shift: the table holds all but w.
     """

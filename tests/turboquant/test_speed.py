@@ -1,0 +1,91 @@
+"""Do encode and decode cost little more than the rotation's matrix product, and little memory?
+
+Ratios to `torch.mm(x, R, out=...)` are taken interleaved in one run and on one thread: threads that wait for each
+other on a busy machine would slow the many small steps of encoding far more than one product.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from turboquant.quantizers import MseQuantizer
+
+DIM, BITS, VECTORS = 128, 4, 100_000
+MOST_ENCODE, MOST_DECODE, MOST_MEMORY = 3.0, 5.0, 3.0
+
+
+@pytest.fixture(scope="module")
+def work():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.randn(VECTORS, DIM, generator=torch.Generator().manual_seed(0))
+    quantizer = MseQuantizer(DIM, BITS, seed=0)
+    yield x, quantizer, quantizer.encode(x), torch.empty_like(x)
+    torch.set_num_threads(threads)
+
+
+def ratio_to_product(benchmark, work, run):
+    """Median over rounds of run's time / the product's time just before it."""
+    x, quantizer, _, out = work
+    matrix, ratios = quantizer.rotation.matrix, []
+
+    def product():
+        start = time.perf_counter()
+        torch.mm(x, matrix, out=out)
+        product.seconds = time.perf_counter() - start
+
+    def timed():
+        start = time.perf_counter()
+        run()
+        ratios.append((time.perf_counter() - start) / product.seconds)
+
+    benchmark.pedantic(timed, setup=product, rounds=9, warmup_rounds=1)
+    ratio = statistics.median(ratios)
+    benchmark.extra_info["ratio to torch.mm(x, R, out=...)"] = ratio
+    return ratio
+
+
+def test_encode_and_pack(benchmark, work):
+    x, quantizer, _, _ = work
+    assert ratio_to_product(benchmark, work, lambda: quantizer.encode(x)) < MOST_ENCODE
+
+
+def test_decode(benchmark, work):
+    _, quantizer, codes, _ = work
+    assert ratio_to_product(benchmark, work, lambda: quantizer.decode(codes)) < MOST_DECODE
+
+
+PEAK = """
+import resource, sys, torch
+import turboquant.quantizers as quantizers
+quantizers._CHUNK = int(sys.argv[1]) or quantizers._CHUNK
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+quantizer = quantizers.MseQuantizer(128, 4, seed=0)
+quantizer.decode(quantizer.encode(torch.randn(5000, 128)))
+before = peak()
+x = torch.randn(300_000, 128)
+codes = quantizer.encode(x)
+encoded = peak()
+quantizer.decode(codes)
+print((encoded - before) / x.nbytes, (peak() - before) / x.nbytes)
+"""
+
+
+def peaks(chunk):
+    """Peak memory of encode, and of encode then decode, input included, as multiples of the input."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(chunk)], capture_output=True, text=True, check=True
+    )
+    return [float(part) for part in done.stdout.split()]
+
+
+def test_memory_peak():
+    assert max(peaks(0)) < MOST_MEMORY
+
+
+def test_memory_peak_would_show_work_on_the_whole_input():
+    assert peaks(1 << 30)[0] > MOST_MEMORY
