@@ -76,8 +76,7 @@ def screen(browser: webdriver.Chrome, width: int, scheme: str, *, script: bool =
     """Set the screen's width, its colour scheme and whether scripts run."""
     metrics = {"width": width, "height": 1600, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-    features = [{"name": name, "value": value} for name, value in wishes.items()]
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
 
@@ -136,6 +135,12 @@ def test_a_permalink_opens_its_cell_even_from_behind_a_filter(page: webdriver.Ch
     page.execute_script("location.hash = arguments[0]", cell)
     page.implicitly_wait(1)
     assert page.find_element(By.ID, cell).is_displayed()
+
+
+def test_a_link_to_a_claim_opens_its_evidence(page: webdriver.Chrome) -> None:
+    page.find_element(By.CSS_SELECTOR, "#refuted ~ details a").click()
+    assert page.current_url.endswith("#paper-v1-claim-0")
+    assert page.find_element(By.CSS_SELECTOR, "[aria-label='Cells of paper-v1-claim-0']").is_displayed()
 
 
 @pytest.mark.parametrize("script", [True, False])
