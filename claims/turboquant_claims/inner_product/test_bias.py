@@ -23,8 +23,8 @@ def test_one_more_bit_loses_less(cell: Cell, subject: VectorSubject, record: Rec
     """Share lost at b and at b + 1 bits, paired."""
     dim, bits = cell["dim"], cell["bits"]
     record.paired(
-        [measure.lost_share(subject, dim, bits, seed) for seed in cell.seeds()],
-        [measure.lost_share(subject, dim, bits + 1, seed) for seed in cell.seeds()],
+        [measure.lost_share(subject, dim, bits, seed, n=512) for seed in cell.seeds()],
+        [measure.lost_share(subject, dim, bits + 1, seed, n=512) for seed in cell.seeds()],
     )
 
 

@@ -50,10 +50,11 @@ def test_spread_of_figure_1(cell: Cell, record: Record) -> None:
 @claim("paper-v1-crossover-low-bits", "paper-v1-crossover-high-bits")
 def test_crossover_at_the_papers_inner_products(cell: Cell, record: Record) -> None:
     """Prod's squared error over mse's, at each average inner product of Figure 2."""
-    lost = theory.distortion(cell["bits"], cell["dim"])
-    prod = theory.prod_distortion(cell["bits"], cell["dim"])
+    dim: int = cell["dim"]
+    lost = theory.distortion(cell["bits"], dim)
+    prod = theory.prod_distortion(cell["bits"], dim)
 
     def mse(rho: float) -> float:
-        return (lost * rho) ** 2 + lost * (1 - lost) * (1 - rho**2) / cell["dim"]
+        return (lost * rho) ** 2 + lost * (1 - lost) * (1 - rho**2) / dim
 
     record.readings({f"<y, x> = {rho:.2f}": prod / mse(rho) for rho in FIGURE_2})

@@ -24,7 +24,8 @@ FOCUS = {"diffuse": 0.0, "peaked": 0.8}
 
 def head(dim: int, focus: float, seed: int) -> tuple[Tensor, Tensor]:
     """Unit keys (KEYS, dim) and unit queries (QUERIES, dim), query i at inner product `focus` with key i."""
-    keys, queries = measure.sphere(KEYS + QUERIES, dim, seed).split([KEYS, QUERIES])
+    unit = measure.sphere(KEYS + QUERIES, dim, seed)
+    keys, queries = unit[:KEYS], unit[KEYS:]
     if focus:
         own = keys[:QUERIES]
         across = torch.nn.functional.normalize(queries - (queries * own).sum(1, keepdim=True) * own)

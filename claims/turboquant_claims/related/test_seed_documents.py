@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 
-from turboquant.rotation import generator, haar_matrix
 from turboquant.subjects import VectorSubject
 from turboquant_claims import claim, measure
 from turboquant_claims.evidence import Record
@@ -71,13 +70,13 @@ def demo_correlation(rotated: bool, same_pairs: bool, seed: int) -> float:
     """Correlation of pairwise distances before and after the demo's quantizer.
 
     Only vectors whose distances are compared are drawn; the largest of all other values, which the scale
-    depends on, comes from its own law. That is the demo's law exactly: its data are iid normal, and so are
-    rotated ones.
+    depends on, comes from its own law. That is the demo's law exactly: its data are iid normal, and so they
+    are after any rotation, which may as well be the same each time.
     """
     rng = np.random.default_rng(seed)
     before = rng.standard_normal((DEMO_SAMPLE, DEMO_DIM))
     compared = before if same_pairs else rng.standard_normal((DEMO_SAMPLE, DEMO_DIM))
-    turn = haar_matrix(DEMO_DIM, generator(seed, "demo")).numpy() if rotated else np.eye(DEMO_DIM)
+    turn = measure.queries(DEMO_DIM).double().numpy() if rotated else np.eye(DEMO_DIM)
     vectors = compared @ turn
     elsewhere = largest_elsewhere((DEMO_VECTORS - DEMO_SAMPLE) * DEMO_DIM, rng)
     after = round_to_3_bits(vectors, max(float(np.abs(vectors).max()), elsewhere)) @ turn.T
