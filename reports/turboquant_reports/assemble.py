@@ -191,7 +191,7 @@ class _Assembly:
             seconds=wording.duration(result.seconds) if result is not None and state != "not run" else "",
             backend=result.backend if result is not None else "",
             reason=reason,
-            notes=_notes(measured.note) if measured else "",
+            notes=_notes(measured.note) if measured else (),
             run=self.runs.get(run_key),
             recorded=_date(result)[:10] or "earlier"
             if result is not None and run_key not in ("", self.newest)
@@ -284,13 +284,19 @@ def _state(claim: ledger_.Claim, result: Result | None) -> tuple[str, str]:
     return result.execution, result.reason
 
 
-def _notes(note: Mapping[str, Any]) -> str:
-    """The short facts of a note; curves and lists are for the plots."""
-    return " · ".join(
-        f"{name} {wording.scalar(value)}"
-        for name, value in note.items()
-        if isinstance(value, str | int | float)
-    )
+def _notes(note: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The short facts of a note and its short tables; curves and lists are for the plots."""
+    written = ((name.replace("_", " "), _noted(value)) for name, value in note.items())
+    return tuple((name, text) for name, text in written if text)
+
+
+def _noted(value: object) -> str:
+    if isinstance(value, Mapping):
+        inner = [(name, _noted(item)) for name, item in value.items() if not isinstance(item, Mapping)]
+        return ", ".join(f"{name} {text}" for name, text in inner if text)
+    if isinstance(value, str):
+        return wording.shortened(value)
+    return wording.scalar(value) if isinstance(value, int | float) else ""
 
 
 def _chip(cells: Sequence[Cell]) -> Chip:

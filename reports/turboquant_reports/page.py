@@ -93,7 +93,7 @@ class Cell:
     seconds: str
     backend: str
     reason: str
-    notes: str
+    notes: tuple[tuple[str, str], ...]
     run: Run | None
     recorded: str
     """The day of a recorded result: one that is not of the report's newest run."""
@@ -170,6 +170,20 @@ class Claim:
     total: Chip
     command: str
     code: str
+
+    @cached_property
+    def noted(self) -> tuple[tuple[str, str], ...]:
+        """What the check noted of every cell that it measured alike."""
+        measured = [cell.notes for cell in self.cells if cell.verdict]
+        return (
+            tuple(note for note in measured[0] if all(note in notes for notes in measured))
+            if measured
+            else ()
+        )
+
+    def notes_of(self, cell: Cell) -> str:
+        """What the check noted of one cell alone."""
+        return " · ".join(f"{name}: {text}" for name, text in cell.notes if (name, text) not in self.noted)
 
     @property
     def rows(self) -> list[Cell]:

@@ -104,6 +104,9 @@ class FigureSpec(Strict):
     curve: list[Curve]
     reference: list[Reference] = []
     panels: list[str] = []
+    names: dict[str, str] = {}
+    """What a curve that a note names is called in the legend."""
+
     note: str = ""
     """Where set, a cell's curves are read from this entry of its note, {name: {x: y}}, not from its value."""
 
@@ -183,7 +186,7 @@ def _points(spec: FigureSpec, curve: Curve, result: Result) -> Iterable[tuple[st
         noted = (result.note or {}).get(spec.note, {})
         for method, values in noted.items() if isinstance(noted, Mapping) else ():
             for x, y in values.items():
-                yield str(method), Point(float(x), float(y), float(y), float(y))
+                yield spec.names.get(str(method), str(method)), Point(float(x), float(y), float(y), float(y))
         return
     x = result.cell.get(spec.x.parameter)
     if result.value is None or not isinstance(x, int | float):

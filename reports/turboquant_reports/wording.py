@@ -106,6 +106,11 @@ def slug(text: object) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-")
 
 
+def shortened(text: str) -> str:
+    """Write a long digest by its first characters, any other text as it is."""
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
+
+
 def duration(seconds: float | None) -> str:
     """Write a duration in the unit that a reader would choose."""
     if seconds is None:

@@ -125,3 +125,16 @@ def test_parameters_that_all_cells_share_are_said_once(make_ledger: MakeLedger) 
     claim = assemble(make_ledger(claims=1, cells=2), []).claims[0]
     assert claim.shared == "dim 128"
     assert [cell.label for cell in claim.cells] == ["bits 1", "bits 2"]
+
+
+def test_what_a_check_noted_alike_of_all_cells_is_said_once(make_ledger: MakeLedger) -> None:
+    ledger = make_ledger(claims=1, cells=2)
+    alike = {
+        "corpus_sha256": "ab" * 32,
+        "vector_bytes": {"ours": 68.0, "PQ": 64.0},
+        "curves": {"PQ": {"1": 0.5}},
+    }
+    say = {i: {"note": {**alike, "seconds": float(i), "values": [1, 2]}} for i in (0, 1)}
+    claim = assemble(ledger, make_results(ledger, say=say)).claims[0]
+    assert claim.noted == (("corpus sha256", "abababababab…"), ("vector bytes", "ours 68, PQ 64"))
+    assert [claim.notes_of(cell) for cell in claim.cells] == ["seconds: 0", "seconds: 1"]

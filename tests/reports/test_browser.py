@@ -10,7 +10,7 @@ import pytest
 from report_material import NOT_RUN, REFUTED, make_ledger, make_results
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_render import FIGURES
 
 from turboquant_reports.render import render, write
@@ -104,7 +104,6 @@ def test_a_filter_hides_rows_says_how_many_and_is_kept_in_the_url(page: webdrive
     assert shown(page, "tr.claim") == ["paper-v1-claim-0"]
     assert status(page) == "1 of 10 claims shown, 9 hidden; 2 of 60 cells shown, 58 hidden."
     page.find_element(By.ID, "clear").click()
-    page.implicitly_wait(1)
     assert "#" not in page.current_url
     assert len(shown(page, "tr.claim")) == 10
 
@@ -130,17 +129,20 @@ def test_a_url_with_filters_shows_their_rows(
 
 def test_a_permalink_opens_its_cell_even_from_behind_a_filter(page: webdriver.Chrome) -> None:
     cell = "paper-v1-claim-2/bits-3.dim-128@ours-mse"
+    waiting = WebDriverWait(page, 5)
     page.execute_script("location.hash = 'verdict=refuted'")
+    waiting.until(lambda page: shown(page, "tr.claim") == ["paper-v1-claim-0"])
     assert not page.find_element(By.ID, cell).is_displayed()
     page.execute_script("location.hash = arguments[0]", cell)
-    page.implicitly_wait(1)
-    assert page.find_element(By.ID, cell).is_displayed()
+    waiting.until(lambda page: page.find_element(By.ID, cell).is_displayed())
+    assert page.current_url.endswith(cell)
 
 
 def test_a_link_to_a_claim_opens_its_evidence(page: webdriver.Chrome) -> None:
     page.find_element(By.CSS_SELECTOR, "#refuted ~ details a").click()
     assert page.current_url.endswith("#paper-v1-claim-0")
-    assert page.find_element(By.CSS_SELECTOR, "[aria-label='Cells of paper-v1-claim-0']").is_displayed()
+    cells = page.find_element(By.CSS_SELECTOR, "[aria-label='Cells of paper-v1-claim-0']")
+    WebDriverWait(page, 5).until(lambda _: cells.is_displayed())
 
 
 @pytest.mark.parametrize("script", [True, False])
