@@ -1,7 +1,7 @@
 """Do encode and decode cost little more than the rotation's matrix product, and little memory?
 
-Ratios to `torch.mm(x, R, out=...)` are taken interleaved in one run and on one thread: threads that wait for each
-other on a busy machine would slow the many small steps of encoding far more than one product.
+Ratios to `torch.mm(x, R, out=...)` are taken interleaved in one run and on one thread: threads that wait for
+each other on a busy machine would slow the many small steps of encoding far more than one product.
 """
 
 import statistics
