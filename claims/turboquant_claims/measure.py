@@ -127,8 +127,8 @@ def distortion_on(
     """Mean distortion on `inputs` of a family over 4 seeds of the subject, n vectors each.
 
     Vectors of one family lean on each other under one rotation (an orthonormal basis has one energy to
-    share), so that four rotations say more than four times the vectors. Lengths vary a little, to keep a subject
-    whose error is the same under every rotation from ending in an exact tie.
+    share), so that four rotations say more than four times the vectors. Lengths vary a little, to keep a
+    subject whose error is the same under every rotation from ending in an exact tie.
     """
 
     def one_seed(seed: int) -> float:

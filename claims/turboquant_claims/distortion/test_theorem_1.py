@@ -30,7 +30,12 @@ def test_factor(cell: Cell, record: Record) -> None:
     record.figure(theory.distortion(cell["bits"], cell.get("dim")) / theory.mse_lower_bound(cell["bits"]))
 
 
-@claim("paper-v1-mse-law", "seed-true-or-false-distortion", "tonbistudio-measured-distortion")
+@claim(
+    "paper-v1-mse-law",
+    "paper-v1-mse-law-1536",
+    "seed-true-or-false-distortion",
+    "tonbistudio-measured-distortion",
+)
 def test_distortion(cell: Cell, subject: VectorSubject, record: Record) -> None:
     """A subject's distortion on uniform unit vectors: many a rotation, where 1 % must be told apart."""
     n = (2**16 if cell.claim.kind == "measured" else 2**19) // cell["dim"]
