@@ -49,10 +49,11 @@ def test_a_thousand_cells_in_under_three_seconds_and_three_megabytes(
 ) -> None:
     ledger, results, before = many(make_ledger)
     assert len(results) == 1000
-    start = time.perf_counter()
+    # One thread does all of it, so processor time is what an idle machine takes, whatever else runs on this one.
+    start = time.process_time()
     report = render(ledger, results, before, FIGURES)
     write(report, tmp_path / "out")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert seconds < 3, f"{seconds:.2f} s"
     size = len(report.files["report.html"].encode())
     assert size < 3_000_000, f"{size:,} bytes"
