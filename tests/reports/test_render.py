@@ -49,7 +49,7 @@ def test_a_thousand_cells_in_under_three_seconds_and_three_megabytes(
 ) -> None:
     ledger, results, before = many(make_ledger)
     assert len(results) == 1000
-    # One thread does all of it, so processor time is what an idle machine takes, whatever else runs on this one.
+    # One thread does all of it, so processor time is what an idle machine takes, whatever else runs here.
     start = time.process_time()
     report = render(ledger, results, before, FIGURES)
     write(report, tmp_path / "out")
