@@ -128,6 +128,6 @@ def test_measured_key_cosine(cell: Cell, subject: VectorSubject, record: Record)
     def cosine(seed: int) -> float:
         x = measure.sphere(512, cell["dim"], seed)
         x_hat = subject.decode(subject.encode(x, bits=cell["bits"], seed=seed))
-        return float(torch.nn.functional.cosine_similarity(x, x_hat, dim=1).mean())
+        return float(torch.nn.functional.cosine_similarity(x.double(), x_hat.double(), dim=1).mean())
 
     record.samples(cosine(seed) for seed in cell.seeds())
