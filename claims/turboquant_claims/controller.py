@@ -170,7 +170,8 @@ class Controller:
                 payload = json.loads(str(value))
                 self._arrived(payload["unit"], Result.model_validate(payload["result"]), payload["samples"])
         crashed = unit_id(report.nodeid)
-        if report.when not in ("setup", "call", "teardown") and crashed in self.plan.units:
+        sent = report.when in ("setup", "call", "teardown")
+        if crashed and not sent and crashed in self.plan.units and crashed not in self.lines:
             line = self.plan.units[crashed].line("broken", "the worker process that ran it crashed")
             self._arrived(crashed, line, None)
 

@@ -1,12 +1,17 @@
 """Which hooks does the referee call? One: whoever implements it writes the report of a finished run."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
 
-from turboquant_claims.ledger import Ledger
-from turboquant_claims.results import Result
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pytest
+
+    from turboquant_claims.ledger import Ledger
+    from turboquant_claims.results import Result
 
 
 def pytest_turboquant_finish(

