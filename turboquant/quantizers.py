@@ -210,15 +210,15 @@ class _Scalar:
             )
         return x.detach().to(self.device).reshape(-1, self.dim), tuple(x.shape)
 
-    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalise(self, x: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (n, d), their norms (n,), and the factors (n,) that give them the norm sqrt(d)."""
-        squares = _sum_of_squares(x)
-        norms = squares.sqrt()
+        squares = _sum_of_squares(x, scratch)
+        norms = _square_root(squares)
         factors = self._root / norms
         odd = ((squares < _SMALLEST) | ~(squares < _LARGEST)).nonzero()[:, 0]
         if odd.numel():
             rows = x[odd].double()
-            exact = _sum_of_squares(rows).sqrt()
+            exact = _sum_of_squares(rows, scratch).sqrt()
             if not torch.isfinite(exact).all():
                 raise ValueError("vectors must be finite: this batch holds NaN or infinite coordinates")
             norms[odd] = exact.float()
@@ -229,31 +229,33 @@ class _Scalar:
             factors[odd] = torch.where(norms[odd] > 0, self._root, 0.0)
         return x, norms, factors
 
-    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _scaled(self, x: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
         """Rotated scaled coordinates z (n, d) of the rows of x, and their norms (n,)."""
-        x, norms, factors = self._normalise(x.to(torch.float32))
+        x, norms, factors = self._normalise(x.to(torch.float32), scratch)
         return self.rotation.forward(x).mul_(factors[:, None]), norms
 
-    def _round(self, z: Tensor) -> Tensor:
+    def _round(self, z: Tensor, scratch: _Scratch) -> Tensor:
         """Packed codes (n, bytes) of scaled coordinates."""
-        packed = [pack(r.codes(z[:, part].contiguous()), r.bits) for part, r in self._segments if r.bits]
+        packed = [pack(r.codes(z[:, part], scratch), r.bits) for part, r in self._segments if r.bits]
         if len(packed) == 1:
             return packed[0]
         return torch.cat(packed, dim=-1) if packed else z.new_zeros(len(z), 0, dtype=torch.uint8)
 
-    def _levels(self, packed: Tensor) -> Tensor:
-        """Scaled levels (n, d) of packed codes."""
-        levels = []
+    def _levels(self, packed: Tensor, scratch: _Scratch) -> Tensor:
+        """Scaled levels (n, d) of packed codes, in a buffer that the next call overwrites."""
+        if len(self._segments) == 1 and self._segments[0][1].bits:
+            return self._segments[0][1].levels(packed, self.dim, scratch)
+        levels = scratch.take("segments", (len(packed), self.dim))
         start = 0
         for part, rounding in self._segments:
-            width = part.stop - part.start
             if not rounding.bits:
-                levels.append(rounding.centroids.new_zeros(len(packed), width))
+                levels[:, part] = 0
                 continue
+            width = part.stop - part.start
             stop = start + packed_bytes(width, rounding.bits)
-            levels.append(rounding.levels(packed[:, start:stop], width))
+            levels[:, part] = rounding.levels(packed[:, start:stop], width, scratch)
             start = stop
-        return levels[0] if len(levels) == 1 else torch.cat(levels, dim=-1)
+        return levels
 
     def _queries(self, y: Tensor) -> Tensor:
         y, shape = self._prepare(y)
@@ -371,12 +373,12 @@ class MseQuantizer(_Scalar):
             ValueError: If the shape or type is wrong, or a coordinate is NaN or infinite.
         """
         rows, shape = self._prepare(x)
-        held = self._empty((len(rows),))
+        held, scratch = self._empty((len(rows),)), _Scratch(self.device)
         for chunk in self._chunks(len(rows)):
-            z, norms = self._scaled(rows[chunk])
-            packed = self._round(z)
+            z, norms = self._scaled(rows[chunk], scratch)
+            packed = self._round(z, scratch)
             if self.rescale != "none":
-                levels = self._levels(packed)
+                levels = self._levels(packed, scratch)
                 match = (z * levels).sum(-1)
                 scale = (
                     self._root**2 / match if self.rescale == "unbiased" else match / (levels * levels).sum(-1)
@@ -404,10 +406,12 @@ class MseQuantizer(_Scalar):
             ValueError: If the codes are another quantizer's, or damaged.
         """
         rows, n = self._rows(codes)
-        out = torch.empty(n, self.dim, device=self.device)
+        out, scratch = torch.empty(n, self.dim, device=self.device), _Scratch(self.device)
         for chunk in self._chunks(n):
             scale = rows["norms"][chunk, None] / self._root
-            torch.mul(self.rotation.inverse(self._levels(rows["codes"][chunk])), scale, out=out[chunk])
+            torch.mul(
+                self.rotation.inverse(self._levels(rows["codes"][chunk], scratch)), scale, out=out[chunk]
+            )
         return out.view(codes.shape)
 
     @torch.no_grad()
@@ -426,10 +430,10 @@ class MseQuantizer(_Scalar):
         """
         rotated = self.rotation.forward(self._queries(y))
         rows, n = self._rows(codes)
-        out = torch.empty(len(rotated), n, device=self.device)
+        out, scratch = torch.empty(len(rotated), n, device=self.device), _Scratch(self.device)
         for chunk in self._chunks(n):
             with full_precision():
-                scores = rotated @ self._levels(rows["codes"][chunk]).T
+                scores = rotated @ self._levels(rows["codes"][chunk], scratch).T
             torch.mul(scores, rows["norms"][chunk] / self._root, out=out[:, chunk])
         return out.view(len(rotated), *codes.shape[:-1])
 
@@ -538,18 +542,18 @@ class ProdQuantizer(_Scalar):
             ValueError: If the shape or type is wrong, or a coordinate is NaN or infinite.
         """
         rows, shape = self._prepare(x)
-        held = self._empty((len(rows),))
+        held, scratch = self._empty((len(rows),)), _Scratch(self.device)
         for chunk in self._chunks(len(rows)):
-            z, norms = self._scaled(rows[chunk])
-            packed = self._round(z)
-            residual = z.sub_(self._levels(packed))
+            z, norms = self._scaled(rows[chunk], scratch)
+            packed = self._round(z, scratch)
+            residual = z.sub_(self._levels(packed, scratch))
             with full_precision():
                 sketched = residual @ self.sketch.T
             held["codes"][chunk] = packed
             held["signs"][chunk] = pack((sketched >= 0).view(torch.uint8), 1)
             held["norms"][chunk] = norms
             if self._residual is None:
-                held["residual_norms"][chunk] = _sum_of_squares(residual).sqrt() / self._root
+                held["residual_norms"][chunk] = _square_root(_sum_of_squares(residual, scratch)) / self._root
         return _shaped(held, shape, self.recipe)
 
     @torch.no_grad()
@@ -566,9 +570,9 @@ class ProdQuantizer(_Scalar):
             ValueError: If the codes are another quantizer's, or damaged.
         """
         rows, n = self._rows(codes)
-        out = torch.empty(n, self.dim, device=self.device)
+        out, scratch = torch.empty(n, self.dim, device=self.device), _Scratch(self.device)
         for chunk in self._chunks(n):
-            estimate = self.rotation.inverse(self._estimate(rows, chunk))
+            estimate = self.rotation.inverse(self._estimate(rows, chunk, scratch))
             torch.mul(estimate, rows["norms"][chunk, None], out=out[chunk])
         return out.view(codes.shape)
 
@@ -588,20 +592,20 @@ class ProdQuantizer(_Scalar):
         """
         rotated = self.rotation.forward(self._queries(y))
         rows, n = self._rows(codes)
-        out = torch.empty(len(rotated), n, device=self.device)
+        out, scratch = torch.empty(len(rotated), n, device=self.device), _Scratch(self.device)
         for chunk in self._chunks(n):
             with full_precision():
-                scores = rotated @ self._estimate(rows, chunk).T
+                scores = rotated @ self._estimate(rows, chunk, scratch).T
             torch.mul(scores, rows["norms"][chunk], out=out[:, chunk])
         return out.view(len(rotated), *codes.shape[:-1])
 
-    def _estimate(self, rows: Mapping[str, Tensor], chunk: slice) -> Tensor:
+    def _estimate(self, rows: Mapping[str, Tensor], chunk: slice, scratch: _Scratch) -> Tensor:
         """Estimates (n, d) of the rotated unit vectors."""
         signs = unpack(rows["signs"][chunk], 1, self.dim).float().mul_(2).sub_(1)
         with full_precision():
             residual = signs @ self._unsketch
         lengths = rows["residual_norms"][chunk, None] if self._residual is None else self._residual
-        return residual.mul_(lengths).add_(self._levels(rows["codes"][chunk]), alpha=1 / self._root)
+        return residual.mul_(lengths).add_(self._levels(rows["codes"][chunk], scratch), alpha=1 / self._root)
 
     def _tensors(self, lead: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         signs = {"signs": ((*lead, packed_bytes(self.dim, 1)), torch.uint8)}
@@ -836,29 +840,55 @@ class _Rounding:
         table = (below + 1) * width - into.clamp(max=width) - (starts + self._edge)
         self._table = table.to(torch.int32).to(device)
 
-    def codes(self, z: Tensor) -> Tensor:
-        """uint8 codes of float32 coordinates."""
-        steps = (z.reshape(-1) * (1 / GRID)).floor_().clamp_(-self._edge, self._edge).to(torch.int32)
-        steps += self._edge
-        codes = torch.index_select(self._table, 0, steps >> self._shift)
-        codes += steps
-        return codes.bitwise_right_shift_(self._shift).to(torch.uint8).view(z.shape)
+    def codes(self, z: Tensor, scratch: _Scratch) -> Tensor:
+        """uint8 codes of float32 coordinates (rows, n)."""
+        scaled = torch.mul(z, 1 / GRID, out=scratch.take("scaled", z.shape))
+        steps = scratch.take("steps", z.shape, torch.int32)
+        steps.copy_(scaled.floor_().clamp_(-self._edge, self._edge)).add_(self._edge)
+        cells = torch.bitwise_right_shift(steps, self._shift, out=scratch.take("cells", z.shape, torch.int32))
+        found = scaled.view(torch.int32)  # its float values are used up
+        torch.index_select(self._table, 0, cells.view(-1), out=found.view(-1))
+        return found.add_(steps).bitwise_right_shift_(self._shift).to(torch.uint8)
 
-    def levels(self, packed: Tensor, n: int) -> Tensor:
-        """float32 levels (rows, n) of packed codes."""
-        codes = unpack(packed, self.bits, n).to(torch.int32)
-        return torch.index_select(self.centroids, 0, codes.view(-1)).view(codes.shape)
+    def levels(self, packed: Tensor, n: int, scratch: _Scratch) -> Tensor:
+        """float32 levels (rows, n) of packed codes, in a buffer that the next call overwrites."""
+        codes = scratch.take("codes", (len(packed), n), torch.int32)
+        codes.copy_(unpack(packed, self.bits, n))
+        levels = scratch.take("levels", (len(packed), n))
+        torch.index_select(self.centroids, 0, codes.view(-1), out=levels.view(-1))
+        return levels
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+class _Scratch:
+    """Buffers that the chunks of one call share: mapping fresh pages costs more than the arithmetic there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A contiguous tensor of undefined contents; the next one of this name lies in the same place."""
+        count = math.prod(shape)
+        held = self._held.get((name, dtype))
+        if held is None or held.numel() < count:
+            held = self._held[name, dtype] = torch.empty(count, dtype=dtype, device=self._device)
+        return held[:count].view(*shape)
+
+
+def _sum_of_squares(x: Tensor, scratch: _Scratch) -> Tensor:
     """Row sums of squares, added in halves: an order that no device, batch or thread count changes."""
-    squares = x * x
+    squares = torch.mul(x, x, out=scratch.take("squares", x.shape, x.dtype))
     width = x.shape[-1]
     while width > 1:
         half = width // 2
         squares[:, :half] += squares[:, width - half : width]
         width -= half
     return squares[:, 0]
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Correctly rounded float32 square roots, which vector libraries do not promise: by way of float64."""
+    return x.double().sqrt().float()
 
 
 def _shaped(held: Mapping[str, Tensor], shape: tuple[int, ...], recipe: str) -> Codes:

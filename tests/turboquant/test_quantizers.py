@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from turboquant import theory
 from turboquant.codebook import codebook, grid_codebook
-from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, SplitQuantizer, quantizer_of
+from turboquant.quantizers import (
+    Codes,
+    MseQuantizer,
+    ProdQuantizer,
+    SplitQuantizer,
+    _Scratch,
+    quantizer_of,
+)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 MAKERS = {
@@ -103,7 +110,8 @@ def test_codes_are_exact_at_thresholds(bits, dim, kind):
     )
     z = torch.cat([z, -z, torch.tensor([0.0, -0.0, 60.0, -60.0])])
     z = z[: len(z) // dim * dim].view(-1, dim)
-    found = quantizer._levels(quantizer._round(z))
+    scratch = _Scratch(quantizer.device)
+    found = quantizer._levels(quantizer._round(z, scratch), scratch)
     expected = book.centroids[(z[..., None] >= edges).sum(-1)]
     assert torch.equal(found, expected)
 

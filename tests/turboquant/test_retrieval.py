@@ -176,7 +176,7 @@ def test_the_interpreter_documents_itself_in_enough_sentences() -> None:
     found = corpus.sentences()
     assert len(found) >= corpus.DATABASE + corpus.QUERIES
     assert len({sentence.casefold() for sentence in found}) == len(found)
-    assert all(20 <= len(sentence) <= corpus.LONGEST for sentence in found)
+    assert all(corpus.SHORTEST <= len(sentence) <= corpus.LONGEST for sentence in found)
 
 
 @pytest.fixture
