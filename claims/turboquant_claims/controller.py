@@ -179,7 +179,7 @@ class Controller:
         from turboquant_claims.run import with_news
 
         if unit in self.lines:
-            self.faults.append(f"{unit} ran more than once; checks are not repeated until they please")
+            self.faults.append(f"{unit} ran more than once: a check is never repeated")
             return
         if result.provenance.get("date") is None:
             now = datetime.now(UTC).isoformat(timespec="seconds")

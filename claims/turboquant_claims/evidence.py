@@ -324,8 +324,9 @@ def _same_length(a: Floats, b: Floats) -> None:
 
 def _floats(values: Iterable[SupportsFloat], what: str) -> Floats:
     """Anything that iterates over numbers (list, array, tensor) as float64, refusing what is not finite."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
     try:
-        numbers = np.array([float(value) for value in values], dtype=np.float64)
+        numbers = np.array([float(value) for value in listed], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise EvidenceError(f"{what} must be numbers: {error}") from None
     if not np.isfinite(numbers).all():

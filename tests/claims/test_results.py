@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant_claims.results import (
+    SCHEMA,
     SCHEMA_FILE,
     Result,
     ResultsError,
@@ -129,6 +130,13 @@ def test_a_line_that_is_no_result_is_refused(tmp_path: Path, change: dict[str, o
     path.write_text(json.dumps({**json.loads(line().line()), **change}) + "\n")
     with pytest.raises(ResultsError, match=r"line 1 is no result of schema 1"):
         read(path)
+
+
+def test_historic_files_stay_readable() -> None:
+    """Lines as released versions wrote them; a new schema adds a file and changes none."""
+    files = sorted((Path(__file__).parent / "data").glob("results-schema-*.jsonl"))
+    assert len(files) == SCHEMA
+    assert all(read(file).results for file in files)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

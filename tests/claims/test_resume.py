@@ -94,11 +94,9 @@ def test_what_a_result_rests_on_decides_whether_it_is_kept(
 def test_a_kept_cell_is_still_held_against_the_standing(session: "Session") -> None:
     session.write(CHECK, CLAIM)
     session.run()
-    session.write(
-        CHECK, CLAIM.replace("expected = 0, ", "expected = 100, ").replace('"supported"', '"refuted"')
-    )
-    # The expected value is part of the claim; only its standing may change and keep the cell.
+    session.write(CHECK, CLAIM.replace('"supported"', '"inconclusive"'))
     assert session.run("--resume").ret == pytest.ExitCode.TESTS_FAILED
+    assert measured(session) == ["1", "2", "3"]
     assert {line.news for line in session.lines().values()} == {"now holds"}
 
 

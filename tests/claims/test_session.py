@@ -230,6 +230,25 @@ def test_a_lost_test_fails_the_session_and_is_named(session: "Session", options:
     }
 
 
+TWICE = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    for _ in range(2):
+        runtestprotocol(item, nextitem=nextitem)
+    return True
+"""
+
+
+def test_a_check_that_is_repeated_until_it_passes_fails_the_session(session: "Session") -> None:
+    session.write(CHECK_ONE, ONE, conftest=TWICE)
+    result = session.run()
+    assert result.ret == FAILED
+    result.stdout.fnmatch_lines(["error: toy-one|k=1 ran more than once*"])
+
+
 def test_a_worker_that_crashes_breaks_its_cell_only(session: "Session") -> None:
     session.write(
         'import os\n@claim("toy-one")\ndef test_one(cell, record):\n'
@@ -259,7 +278,7 @@ def pytest_turboquant_finish(config, ledger, results, previous, out):
 def test_workers_together_write_what_one_process_writes(session: "Session") -> None:
     session.write(
         CHECK_ONE
-        + '@claim("toy-two")\ndef test_two(cell, record):\n    record.samples([s % 9 for s in cell.seeds()])\n',
+        + '@claim("toy-two")\ndef test_two(cell, record):\n    record.samples(s % 9 for s in cell.seeds())\n',
         ONE,
         claim_toml("two", f"{{ {SAMPLED.replace('9', '99')} }}", kind="bound"),
         claim_toml("three", '{ stated = "1" }'),
