@@ -1,0 +1,166 @@
+"""What does `turboquant …` do at a shell? Codebooks, files of vectors to codes and back, subjects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from turboquant import subjects, theory
+from turboquant.codebook import codebook as make_codebook
+from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, quantizer_of
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="TurboQuant (arXiv:2504.19874): vectors to a few bits a coordinate, and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Bits = Annotated[int, typer.Option(help="Bits a coordinate, 1 to 8.")]
+Vectors = Annotated[Path, typer.Argument(help="Vectors (…, d): .npy, or .safetensors with one tensor.")]
+
+
+@app.command(epilog="Example: turboquant codebook --bits 4 --dim 128")
+def codebook(
+    bits: Bits,
+    dim: Annotated[int | None, typer.Option(help="Dimension; left out: the Gaussian limit.")] = None,
+) -> None:
+    """Show the optimal levels of a scaled coordinate, their use and their distortion."""
+    with _errors():
+        book = make_codebook(theory.check_bits(bits, 1), dim)
+        shares = theory.cell_probabilities(bits, dim)
+    table = Table("code", "from", "level", "used")
+    edges = [float("-inf"), *book.thresholds.tolist()]
+    for code, (low, level, share) in enumerate(zip(edges, book.centroids.tolist(), shares, strict=True)):
+        table.add_row(str(code), f"{low:.4f}", f"{level:.4f}", f"{share:.2%}")
+    _out.print(table)
+    where = "Gaussian limit" if dim is None else f"d = {dim}"
+    _out.print(f"{where}, {bits} bits: distortion {book.distortion:.6f} of a unit vector", highlight=False)
+
+
+@app.command(epilog="Example: turboquant encode keys.npy keys.tq.safetensors --bits 4")
+def encode(
+    vectors: Vectors,
+    codes: Annotated[Path, typer.Argument(help="File to write: codes, norms and how to undo them.")],
+    *,
+    bits: Bits,
+    seed: Annotated[int, typer.Option(help="Picks the rotation and the sketch.")] = 0,
+    kind: Annotated[str, typer.Option(help="mse (Algorithm 1) or prod (Algorithm 2).")] = "mse",
+    rotation: Annotated[str, typer.Option(help="haar, hadamard or identity.")] = "haar",
+) -> None:
+    """Quantize a file of vectors."""
+    makers = {"mse": MseQuantizer, "prod": ProdQuantizer}
+    with _errors():
+        if kind not in makers:
+            raise ValueError(f"kind must be mse or prod, not {kind!r}")
+        x = _read(vectors)
+        found = makers[kind](_width(x, vectors), bits, seed=seed, rotation=rotation).encode(x)
+        found.save(codes)
+    size = x.numel() * x.element_size()
+    ratio = f", {size / found.nbytes:.2f} times smaller" if found.nbytes else ""
+    _out.print(f"{vectors}: {size:,} bytes; {codes}: {found.nbytes:,} bytes{ratio}", highlight=False)
+
+
+@app.command(epilog="Example: turboquant decode keys.tq.safetensors keys.npy")
+def decode(
+    codes: Annotated[Path, typer.Argument(help="File that `turboquant encode` wrote.")],
+    vectors: Annotated[Path, typer.Argument(help="File to write: .npy or .safetensors (tensor “vectors”).")],
+) -> None:
+    """Estimate the vectors that a file of codes stands for, as float32."""
+    with _errors():
+        _check_suffix(vectors)
+        loaded = Codes.load(codes)
+        x = quantizer_of(loaded.recipe).decode(loaded)
+        _write(x, vectors)
+    _out.print(f"{vectors}: float32 {tuple(x.shape)}", highlight=False)
+
+
+@app.command("subjects", epilog="Example: turboquant subjects")
+def list_subjects() -> None:
+    """List the implementations that claims can be run on by name."""
+    table = Table("name", "runs as", "kind")
+    for name in subjects.available():
+        try:
+            found = subjects.resolve(name)
+        except ValueError as error:
+            table.add_row(name, f"not available: {error}", "")
+            continue
+        table.add_row(name, ", ".join(s.name for s in found), ", ".join(s.kind for s in found))
+    _out.print(table)
+    _out.print("Your own: package.module:factory", highlight=False)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _read(path: Path) -> Tensor:
+    _check_suffix(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+        if array.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(f"{path} holds {array.dtype}; vectors must be float16, float32 or float64")
+        return torch.from_numpy(np.ascontiguousarray(array))
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+    if len(tensors) != 1:
+        raise ValueError(f"{path} must hold exactly one tensor, not {sorted(tensors)}")
+    return next(iter(tensors.values()))
+
+
+def _width(x: Tensor, path: Path) -> int:
+    if x.ndim == 0:
+        raise ValueError(f"{path} holds a single number; vectors need at least one axis")
+    return x.shape[-1]
+
+
+def _write(x: Tensor, path: Path) -> None:
+    """The name appears only once all of the file is on disk."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix == ".npy":
+            with partial.open("wb") as file:
+                np.save(file, x.numpy(), allow_pickle=False)
+        else:
+            save_file({"vectors": x}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".npy", ".safetensors"):
+        raise ValueError(f"{path} must end in .npy or .safetensors")
+
+
+if __name__ == "__main__":
+    app()
