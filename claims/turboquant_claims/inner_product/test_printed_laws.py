@@ -44,7 +44,7 @@ def test_bits_of_prod(cell: Cell, record: Record) -> None:
 @claim("paper-v1-fig1-spread-1536")
 def test_spread_of_figure_1(cell: Cell, record: Record) -> None:
     """Standard deviations of prod's error that fit in the figure's half-width of 0.1."""
-    record.figure(0.1 / math.sqrt(theory.prod_distortion(cell["bits"], cell["dim"], cell["sketch"])))
+    record.figure(0.1 / math.sqrt(theory.prod_distortion(cell["bits"], cell["dim"])))
 
 
 @claim("paper-v1-crossover-low-bits", "paper-v1-crossover-high-bits")
