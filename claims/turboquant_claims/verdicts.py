@@ -31,7 +31,11 @@ ADMISSIBLE: dict[str, tuple[type, ...]] = {
     "identity": (Figure, Readings),
     "measured": (Figure, Readings, Samples, Paired),
     "attains": (Samples, Paired),
-    "bound": (Samples, Paired, Trials),
+    "bound": (
+        Samples,
+        Paired,
+        Trials,
+    ),  # trials where the cell declares n, samples where it declares clusters
     "law": (Law,),
     "unbiased": (Samples, Paired),
     "rate": (Samples, Paired),
@@ -94,6 +98,8 @@ def _admitted(claim: Claim, cell: CellSpec, evidence: Evidence | None) -> Eviden
         raise EvidenceError("the check recorded nothing")
     given = type(evidence)
     allowed = ADMISSIBLE[claim.kind]
+    if claim.kind == "bound":
+        allowed = (Trials,) if cell.n is not None else (Samples, Paired)
     if given not in allowed:
         names = " or ".join(f"record.{kind.__name__.lower()}" for kind in allowed)
         raise EvidenceError(

@@ -10,6 +10,7 @@ from toy_ledger import only_claim
 from turboquant_claims.evidence import (
     EvidenceError,
     Record,
+    Samples,
     clopper_pearson,
     dkw_half_width,
     interval,
@@ -168,6 +169,7 @@ def test_a_measured_figure_without_spread_or_margin_is_underspecified(tmp_path: 
         ("bound", FEW_LOST, recorded("losses", 0, 757), "not record.losses"),
         ("law", 'law = "uniform", ' + NEAR, STANDARD, "declares the law 'uniform'"),
         ("ordering", SAMPLES, recorded("samples", A), "record.paired"),
+        ("bound", MOST, recorded("samples", np.resize(A, 2000)), "judged by record.trials"),
     ],
 )
 def test_evidence_of_another_kind_or_too_little_is_refused(
@@ -175,6 +177,14 @@ def test_evidence_of_another_kind_or_too_little_is_refused(
 ) -> None:
     with pytest.raises(EvidenceError, match=message):
         verdict(tmp_path, cell, record, kind=kind)
+
+
+def test_a_cell_that_obeys_the_power_rule_does_not_flip(tmp_path: Path) -> None:
+    """At the rule's very edge, ten standard errors inside the region, 20,000 runs end with one verdict."""
+    claim = only_claim(tmp_path, f"{{ {SAMPLES}, accept = [-inf, 1.0022361] }}", kind="bound")
+    runs = 1 + 0.001 * RNG.normal(size=(20_000, 20))
+    found = [judge(claim, claim.cells[0], Samples(row)).verdict for row in runs]
+    assert set(found) == {"supported"}
 
 
 # Recording

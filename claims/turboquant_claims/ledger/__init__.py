@@ -9,16 +9,38 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from turboquant_claims.evidence import clopper_pearson, dkw_half_width, smallest_n
+from turboquant_claims.ledger.power import STATISTICAL, check_power
+from turboquant_claims.ledger.regions import Region, as_printed, printed
+
+__all__ = [
+    "DEFAULT_SEED",
+    "Cell",
+    "CellSpec",
+    "Claim",
+    "Kind",
+    "Ledger",
+    "LedgerError",
+    "Problem",
+    "Region",
+    "Scalar",
+    "Source",
+    "Standing",
+    "Verdict",
+    "as_printed",
+    "cell_key",
+    "load",
+    "printed",
+    "read",
+    "seed63",
+]
 
 Verdict = Literal["supported", "refuted", "inconclusive", "underspecified"]
 Kind = Literal[
@@ -26,17 +48,10 @@ Kind = Literal[
 ]
 Scalar = bool | int | float | str
 
-STATISTICAL = frozenset({"attains", "bound", "law", "unbiased", "rate", "ordering", "noninferior", "ratio"})
-FEWEST_CLUSTERS = 20
 DEFAULT_SEED = 250419874
-FLIP = 1e-7
-"""Chance a run that luck alone changes a cell's verdict; ten standard errors keep Student's t below it."""
-
-MEDIAN_COST = math.sqrt(math.pi / 2)
-"""Standard error of a median over that of the mean, for normal data."""
-
 SOURCE_ERRORS = 3.3
-NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?")
+"""Standard errors of the source's own figure that a measured point allows for."""
+
 KEBAB = r"^[a-z0-9]+(?:-[a-z0-9]+)*$"
 PLAIN = re.compile(r"^(?!.*::)[ -~]+$")
 RESERVED = set("|[],=@")
@@ -62,80 +77,6 @@ class Problem:
         if self.cell:
             where.append(f"cell {self.cell}")
         return f"{', '.join(where)}: {self.message}"
-
-
-def significant(value: float) -> float:
-    """`value` at 12 significant digits: 0.1 + 0.2 and 0.3 are the same figure."""
-    return float(f"{value:.12g}")
-
-
-@dataclass(frozen=True)
-class Region:
-    """The results that confirm a cell: an interval, with or without its edges."""
-
-    lo: float
-    hi: float
-    lo_closed: bool = True
-    hi_closed: bool = True
-
-    def contains(self, value: float) -> bool:
-        """Whether a value lies in the region."""
-        return self.covers(value, value)
-
-    def covers(self, lo: float, hi: float) -> bool:
-        """Whether the whole interval [lo, hi] lies in the region."""
-        lo, hi, left, right = map(significant, (lo, hi, self.lo, self.hi))
-        return (lo > left or (self.lo_closed and lo == left)) and (
-            hi < right or (self.hi_closed and hi == right)
-        )
-
-    def misses(self, lo: float, hi: float) -> bool:
-        """Whether no point of [lo, hi] lies in the region."""
-        lo, hi, left, right = map(significant, (lo, hi, self.lo, self.hi))
-        return (
-            hi < left
-            or lo > right
-            or (hi == left and not self.lo_closed)
-            or (lo == right and not self.hi_closed)
-        )
-
-    def distance(self, value: float) -> float:
-        """Distance from a value to the nearest finite edge; infinite if there is none."""
-        return min(
-            (abs(value - edge) for edge in (self.lo, self.hi) if math.isfinite(edge)), default=math.inf
-        )
-
-    def __str__(self) -> str:
-        left, right = "[" if self.lo_closed else "(", "]" if self.hi_closed else ")"
-        return f"{left}{self.lo:.6g}, {self.hi:.6g}{right}"
-
-
-def printed(stated: str) -> tuple[Decimal, Decimal]:
-    """The one number in a figure as printed, and half a unit of its last digit.
-
-    Args:
-        stated: "0.047", "1571", "1.5e-3", "~3.8", "4.5x", "5 %", "2,048".
-
-    Raises:
-        ValueError: it holds no number, or several.
-    """
-    numbers = [match.group() for match in NUMBER.finditer(stated) if match.group().strip("+-−")]
-    if len(numbers) != 1:
-        raise ValueError(
-            f"stated = {stated!r} must hold exactly one number, or the cell needs accept = [lo, hi]"
-        )
-    number = Decimal(numbers[0].replace(",", "").replace("−", "-"))
-    exponent = number.as_tuple().exponent
-    return number, Decimal(1).scaleb(int(exponent)) / 2
-
-
-def as_printed(stated: str) -> Region:
-    """Every value that rounds to the printed figure, halves away from zero.
-
-    "0.047" is [0.0465, 0.0475), "-0.047" is (-0.0475, -0.0465], and "0" is (-0.5, 0.5).
-    """
-    number, half = printed(stated)
-    return Region(float(number - half), float(number + half), lo_closed=number > 0, hi_closed=number < 0)
 
 
 class Entry(BaseModel):
@@ -585,7 +526,7 @@ def _check(claim: Claim, file: str) -> list[Problem]:
                     "measured without accept and source_se ends underspecified; its standing must say so"
                 )
             if region is not None:
-                _check_power(claim, cell, region)
+                check_power(claim, cell, region)
                 _check_standing(claim, cell, region)
         except ValueError as error:
             problems.append(Problem(file, claim.id, key, str(error)))
@@ -605,87 +546,3 @@ def _check_standing(claim: Claim, cell: CellSpec, region: Region) -> None:
         raise ValueError(
             f"expected = {cell.expected:g} lies {side} the region {region}, but the standing is {verdict}"
         )
-
-
-def _check_power(claim: Claim, cell: CellSpec, region: Region) -> None:
-    """The power rule: the declared n must make the verdict a property of the design, not luck."""
-    if claim.kind not in STATISTICAL:
-        return
-    in_trials = claim.kind in ("law", "noninferior") or (claim.kind == "bound" and cell.n is not None)
-    clusters = claim.clusters_of(cell)
-    if not in_trials and (clusters is None or clusters < FEWEST_CLUSTERS):
-        raise ValueError(f"a cell of kind {claim.kind} needs clusters >= {FEWEST_CLUSTERS}, not {clusters}")
-    if claim.standing_of(cell).verdict == "inconclusive":
-        return
-    if cell.expected is None:
-        raise ValueError(
-            f"a cell of kind {claim.kind} needs expected (the value it should show), for the power rule"
-        )
-    n = claim.n_of(cell)
-    if n is None:
-        raise ValueError(f"a cell of kind {claim.kind} needs n")
-    if claim.kind == "law":
-        _check_reach(n, "n", cell.expected, _proportion(region), law_reach)
-    elif in_trials:
-        _check_trials(n, cell.expected, _proportion(region))
-    else:
-        if cell.sd is None:
-            raise ValueError(f"a cell of kind {claim.kind} needs sd (the standard deviation of one cluster)")
-        spread = 10 * cell.sd * (MEDIAN_COST if claim.kind == "ratio" else 1.0)
-        _check_reach(clusters or 0, "clusters", cell.expected, region, lambda more: spread / math.sqrt(more))
-
-
-def law_reach(n: int) -> float:
-    """How far from an edge a Kolmogorov-Smirnov distance must be: its band for n samples and its spread."""
-    return dkw_half_width(n) + math.sqrt(math.log(2 / FLIP) / (2 * n))
-
-
-def _proportion(region: Region) -> Region:
-    """The region without edges at 0 or below and at 1 or above, which no proportion or distance can cross."""
-    return Region(
-        region.lo if region.lo > 0 else -math.inf,
-        region.hi if region.hi < 1 else math.inf,
-        region.lo_closed,
-        region.hi_closed,
-    )
-
-
-def _check_reach(n: int, name: str, expected: float, region: Region, reach: Callable[[int], float]) -> None:
-    distance = region.distance(expected)
-    if distance >= reach(n):
-        return
-    enough = smallest_n(lambda more: reach(more) <= distance) if distance > 0 else None
-    remedy = (
-        f"{name} = {enough} would do" if enough else f"no {name} would do: move the region or the measurement"
-    )
-    raise ValueError(
-        f"underpowered: expected = {expected:g} is {distance:.3g} from the nearest edge of {region}; with "
-        f"{name} = {n} it must be at least {reach(n):.3g} away. {remedy} (or the standing is inconclusive)"
-    )
-
-
-def _check_trials(n: int, expected: float, region: Region) -> None:
-    """All but `FLIP` of the hits that are likely at the expected proportion must give one verdict."""
-    if not 0 <= expected <= 1:
-        raise ValueError(f"expected = {expected:g} must be a proportion, in [0, 1]")
-    if not _trials_settle(n, expected, region):
-        enough = None
-        if region.distance(expected) > 0:
-            enough = smallest_n(lambda more: _trials_settle(more, expected, region))
-        remedy = f"n = {enough} would do" if enough else "no n would do: move the region or the measurement"
-        raise ValueError(
-            f"underpowered: with n = {n} trials at the expected proportion {expected:g}, chance may carry "
-            f"the interval across an edge of {region}. {remedy} (or the standing is inconclusive)"
-        )
-
-
-def _trials_settle(n: int, expected: float, region: Region) -> bool:
-    from scipy import stats
-
-    inside = region.contains(expected)
-    for tail in (FLIP / 2, 1 - FLIP / 2):
-        interval = clopper_pearson(int(stats.binom.ppf(tail, n, expected)), n)
-        holds = region.covers if inside else region.misses
-        if not holds(interval.lo, interval.hi):
-            return False
-    return True
