@@ -1,8 +1,24 @@
 """Could luck flip this cell's verdict? The power rule, which every statistical cell of the ledger obeys.
 
 A cell's expected value must lie ten standard errors from every edge of its region: with 99.9 % intervals this
-leaves about 1e-7 a run for a verdict other than the expected one. Counts and distribution functions have forms
-of their own with the same chance.
+leaves about 1e-7 a run for another verdict than the expected one. Counts and distribution functions have
+forms of their own with the same chance.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from turboquant_claims.evidence import clopper_pearson, dkw_half_width, smallest_n
+from turboquant_claims.ledger.regions import Region
+
+if TYPE_CHECKING:
+    from turboquant_claims.ledger import CellSpec, Claim
+
+STATISTICAL = frozenset({"attains", "bound", "law", "unbiased", "rate", "ordering", "noninferior", "ratio"})
+FEWEST_CLUSTERS = 20
+STANDARD_ERRORS = 10
+FLIP = 1e-7
 """Chance a run that luck alone changes a verdict."""
 
 MEDIAN_COST = math.sqrt(math.pi / 2)
