@@ -61,7 +61,7 @@ def _in_order(ledger: ledger_.Ledger) -> list[Source]:
     """The sources, those with most claims first."""
     sizes = Counter(claim.source for claim in ledger)
     ordered = sorted(ledger.sources.values(), key=lambda source: -sizes[source.id])
-    return [Source(s.id, s.title, s.version, s.date.isoformat(), s.link) for s in ordered]
+    return [Source(s.id, s.title, s.version, s.date.isoformat() if s.date else "", s.link) for s in ordered]
 
 
 class _Assembly:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turboquant_claims.ledger import load_ledger
+from turboquant_claims.ledger import load
 
 # Row labels: P paper, C released code, G blog, Q and PQ the papers it builds on, E, O and R the dispute,
 # L community, S the seed documents.
@@ -33,9 +33,9 @@ PROMISED = {
 
 
 def test_every_promised_row_is_in_the_ledger() -> None:
-    stated = {claim.label for claim in load_ledger().claims}
+    stated = {claim.label for claim in load()}
     assert not PROMISED - stated
 
 
 def test_the_ledger_holds_at_least_ninety_claims() -> None:
-    assert len(load_ledger().claims) >= 90
+    assert len(load()) >= 90

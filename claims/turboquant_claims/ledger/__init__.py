@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from datetime import date as Date  # a field of this name would shadow the type
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,7 @@ class Source(Entry):
     id: str = Field(pattern=KEBAB)
     title: str = Field(min_length=1)
     version: str = Field(min_length=1)
-    date: date
+    date: Date | None = None  # left out where the source bears none
     link: str = Field(pattern=r"^https?://")
 
 
