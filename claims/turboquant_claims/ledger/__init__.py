@@ -11,8 +11,6 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from datetime import date as Date  # a field of this name would shadow the type
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +90,7 @@ class Source(Entry):
     id: str = Field(pattern=KEBAB)
     title: str = Field(min_length=1)
     version: str = Field(min_length=1)
-    date: Date | None = None  # left out where the source bears none
+    date: datetime.date | None = None  # left out where the source bears none
     link: str = Field(pattern=r"^https?://")
 
 
@@ -116,7 +114,7 @@ class Standing(Entry):
 
     verdict: Verdict
     why: str = Field(min_length=1)
-    since: date
+    since: datetime.date
     when: tuple[Condition, ...] = ()
 
 
@@ -125,7 +123,7 @@ class CellStanding(Entry):
 
     verdict: Verdict
     why: str | None = None
-    since: date | None = None
+    since: datetime.date | None = None
     when: tuple[Condition, ...] | None = None
 
 
