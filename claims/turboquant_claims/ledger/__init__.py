@@ -4,6 +4,7 @@ One TOML file a source. Everything that decides a verdict is fixed there before 
 whose cells could flip by luck (the power rule), that repeats itself or that has an unknown key.
 """
 
+import datetime
 import hashlib
 import json
 import math
