@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -192,10 +193,115 @@ class _Scalar:
     def _code_bytes(self) -> int:
         return sum(packed_bytes(part.stop - part.start, r.bits) for part, r in self._segments if r.bits)
 
-    def _chunks(self, rows: int) -> Iterator[slice]:
-        # On an accelerator launches, not caches, set the pace.
-        step = max(1, (_CHUNK if self.device.type == "cpu" else _CHUNK << 6) // self.dim)
-        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Codes:
+        """Quantize vectors.
+
+        Args:
+            x: (..., d) float32, float16 or bfloat16, any norm, finite.
+
+        Returns:
+            Codes of shape (..., d); a zero vector is kept exactly.
+
+        Raises:
+            ValueError: If the shape or type is wrong, or a coordinate is NaN or infinite.
+        """
+        rows, shape = self._prepare(x)
+        held = {
+            name: torch.empty(size, dtype=dtype, device=self.device)
+            for name, (size, dtype) in self._tensors((len(rows),)).items()
+        }
+
+        def work(chunk: slice, scratch: _Scratch) -> None:
+            for name, found in self._encoded(rows[chunk], scratch).items():
+                held[name][chunk] = found
+
+        self._in_chunks(len(rows), work)
+        tensors = {name: t.view((*shape[:-1], *t.shape[1:])) for name, t in held.items()}
+        return Codes(tensors, shape, self.recipe)
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Tensor:
+        """Estimate the vectors.
+
+        Args:
+            codes: Codes of this quantizer (or one of equal arguments).
+
+        Returns:
+            (..., d) float32.
+
+        Raises:
+            ValueError: If the codes are another quantizer's, or damaged.
+        """
+        rows, n = self._rows(codes)
+        out = torch.empty(n, self.dim, device=self.device)
+
+        def work(chunk: slice, scratch: _Scratch) -> None:
+            estimate, factors = self._estimate({name: t[chunk] for name, t in rows.items()}, scratch)
+            torch.mul(self.rotation.inverse(estimate), factors[:, None], out=out[chunk])
+
+        self._in_chunks(n, work)
+        return out.view(codes.shape)
+
+    @torch.no_grad()
+    def inner_product(self, y: Tensor, codes: Codes) -> Tensor:
+        """Estimate inner products without decoding to the original basis: the queries are rotated instead.
+
+        Args:
+            y: (m, d), any floating type.
+            codes: Codes of vectors (..., d).
+
+        Returns:
+            (m, ...) float32: <y, x_hat>; of Algorithm 2 with stored residual norms, unbiased.
+
+        Raises:
+            ValueError: As `decode`; or if y has another shape.
+        """
+        queries = self.rotation.forward(self._queries(y))
+        rows, n = self._rows(codes)
+        out = torch.empty(len(queries), n, device=self.device)
+
+        def work(chunk: slice, scratch: _Scratch) -> None:
+            estimate, factors = self._estimate({name: t[chunk] for name, t in rows.items()}, scratch)
+            torch.mul(queries @ estimate.T, factors, out=out[:, chunk])
+
+        self._in_chunks(n, work)
+        return out.view(len(queries), *codes.shape[:-1])
+
+    def _encoded(self, x: Tensor, scratch: _Scratch) -> dict[str, Tensor]:
+        """The tensors held for the rows of x, (n, d)."""
+        raise NotImplementedError
+
+    def _estimate(self, rows: Mapping[str, Tensor], scratch: _Scratch) -> tuple[Tensor, Tensor]:
+        """Rotated estimates (n, d) of the rows held, and the factor (n,) that each still needs."""
+        raise NotImplementedError
+
+    def _in_chunks(self, rows: int, work: Callable[[slice, _Scratch], None]) -> None:
+        """Do the work on all rows, a cache's share at a time; on a CPU, one chunk to a thread.
+
+        Splitting rows, not operations, over the threads leaves none waiting for another at each of the many
+        small operations, and uses all of them in those that torch runs on one thread only.
+        """
+        # Few rows would read a large rotation too often; on an accelerator launches set the pace.
+        step = max(256, (_CHUNK if self.device.type == "cpu" else _CHUNK << 6) // self.dim)
+        chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        threads = torch.get_num_threads()
+        workers = min(threads, len(chunks)) if self.device.type == "cpu" and chunks else 1
+
+        def share(first: int) -> None:
+            scratch = _Scratch(self.device)
+            for chunk in chunks[first::workers]:
+                work(chunk, scratch)
+
+        with full_precision():  # here, as it is a setting of the whole process
+            if workers == 1:
+                share(0)
+                return
+            try:
+                with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    list(pool.map(torch.no_grad()(share), range(workers)))
+            finally:
+                torch.set_num_threads(threads)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Rows of x on our device, not yet float32, and the shape of x."""
@@ -278,12 +384,6 @@ class _Scalar:
     def _tensors(self, lead: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"codes": ((*lead, self._code_bytes), torch.uint8), "norms": (lead, torch.float32)}
 
-    def _empty(self, lead: tuple[int, ...]) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(shape, dtype=dtype, device=self.device)
-            for name, (shape, dtype) in self._tensors(lead).items()
-        }
-
     def _rows(self, codes: Codes) -> tuple[dict[str, Tensor], int]:
         """The tensors of checked codes with leading axes flattened, and the number of vectors."""
         self._check_codes(codes)
@@ -359,83 +459,21 @@ class MseQuantizer(_Scalar):
         """Bits a coordinate, norms left out."""
         return self.bits
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> Codes:
-        """Quantize vectors.
+    def _encoded(self, x: Tensor, scratch: _Scratch) -> dict[str, Tensor]:
+        z, norms = self._scaled(x, scratch)
+        packed = self._round(z, scratch)
+        if self.rescale != "none":
+            levels = self._levels(packed, scratch)
+            match = (z * levels).sum(-1)
+            unbiased = self.rescale == "unbiased"
+            scale = self._root**2 / match if unbiased else match / (levels * levels).sum(-1)
+            norms = torch.where(norms > 0, norms * scale, 0.0)
+            if torch.isinf(norms).any():
+                raise ValueError("a rescaled norm exceeds the float32 range (3.4e38): scale the vectors down")
+        return {"codes": packed, "norms": norms}
 
-        Args:
-            x: (..., d) float32, float16 or bfloat16, any norm, finite.
-
-        Returns:
-            Codes of shape (..., d); a zero vector is kept exactly.
-
-        Raises:
-            ValueError: If the shape or type is wrong, or a coordinate is NaN or infinite.
-        """
-        rows, shape = self._prepare(x)
-        held, scratch = self._empty((len(rows),)), _Scratch(self.device)
-        for chunk in self._chunks(len(rows)):
-            z, norms = self._scaled(rows[chunk], scratch)
-            packed = self._round(z, scratch)
-            if self.rescale != "none":
-                levels = self._levels(packed, scratch)
-                match = (z * levels).sum(-1)
-                scale = (
-                    self._root**2 / match if self.rescale == "unbiased" else match / (levels * levels).sum(-1)
-                )
-                norms = torch.where(norms > 0, norms * scale, 0.0)
-                if torch.isinf(norms).any():
-                    raise ValueError(
-                        "a rescaled norm exceeds the float32 range (3.4e38): scale the vectors down"
-                    )
-            held["codes"][chunk] = packed
-            held["norms"][chunk] = norms
-        return _shaped(held, shape, self.recipe)
-
-    @torch.no_grad()
-    def decode(self, codes: Codes) -> Tensor:
-        """Estimate the vectors.
-
-        Args:
-            codes: Codes of this quantizer (or one of equal arguments).
-
-        Returns:
-            (..., d) float32.
-
-        Raises:
-            ValueError: If the codes are another quantizer's, or damaged.
-        """
-        rows, n = self._rows(codes)
-        out, scratch = torch.empty(n, self.dim, device=self.device), _Scratch(self.device)
-        for chunk in self._chunks(n):
-            scale = rows["norms"][chunk, None] / self._root
-            torch.mul(
-                self.rotation.inverse(self._levels(rows["codes"][chunk], scratch)), scale, out=out[chunk]
-            )
-        return out.view(codes.shape)
-
-    @torch.no_grad()
-    def inner_product(self, y: Tensor, codes: Codes) -> Tensor:
-        """Estimate inner products without decoding to the original basis: the queries are rotated instead.
-
-        Args:
-            y: (m, d), any floating type.
-            codes: Codes of vectors (..., d).
-
-        Returns:
-            (m, ...) float32: <y, x_hat>.
-
-        Raises:
-            ValueError: As `decode`; or if y has another shape.
-        """
-        rotated = self.rotation.forward(self._queries(y))
-        rows, n = self._rows(codes)
-        out, scratch = torch.empty(len(rotated), n, device=self.device), _Scratch(self.device)
-        for chunk in self._chunks(n):
-            with full_precision():
-                scores = rotated @ self._levels(rows["codes"][chunk], scratch).T
-            torch.mul(scores, rows["norms"][chunk] / self._root, out=out[:, chunk])
-        return out.view(len(rotated), *codes.shape[:-1])
+    def _estimate(self, rows: Mapping[str, Tensor], scratch: _Scratch) -> tuple[Tensor, Tensor]:
+        return self._levels(rows["codes"], scratch), rows["norms"] / self._root
 
 
 class ProdQuantizer(_Scalar):
@@ -528,84 +566,21 @@ class ProdQuantizer(_Scalar):
         """Bits a coordinate, norms left out."""
         return self.bits
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> Codes:
-        """Quantize vectors.
+    def _encoded(self, x: Tensor, scratch: _Scratch) -> dict[str, Tensor]:
+        z, norms = self._scaled(x, scratch)
+        packed = self._round(z, scratch)
+        residual = z.sub_(self._levels(packed, scratch))
+        signs = pack((residual @ self.sketch.T >= 0).view(torch.uint8), 1)
+        found = {"codes": packed, "signs": signs, "norms": norms}
+        if self._residual is None:
+            found["residual_norms"] = _square_root(_sum_of_squares(residual, scratch)) / self._root
+        return found
 
-        Args:
-            x: (..., d) float32, float16 or bfloat16, any norm, finite.
-
-        Returns:
-            Codes of shape (..., d); a zero vector is kept exactly.
-
-        Raises:
-            ValueError: If the shape or type is wrong, or a coordinate is NaN or infinite.
-        """
-        rows, shape = self._prepare(x)
-        held, scratch = self._empty((len(rows),)), _Scratch(self.device)
-        for chunk in self._chunks(len(rows)):
-            z, norms = self._scaled(rows[chunk], scratch)
-            packed = self._round(z, scratch)
-            residual = z.sub_(self._levels(packed, scratch))
-            with full_precision():
-                sketched = residual @ self.sketch.T
-            held["codes"][chunk] = packed
-            held["signs"][chunk] = pack((sketched >= 0).view(torch.uint8), 1)
-            held["norms"][chunk] = norms
-            if self._residual is None:
-                held["residual_norms"][chunk] = _square_root(_sum_of_squares(residual, scratch)) / self._root
-        return _shaped(held, shape, self.recipe)
-
-    @torch.no_grad()
-    def decode(self, codes: Codes) -> Tensor:
-        """Estimate the vectors: x_mse plus the residual's sketch.
-
-        Args:
-            codes: Codes of this quantizer (or one of equal arguments).
-
-        Returns:
-            (..., d) float32.
-
-        Raises:
-            ValueError: If the codes are another quantizer's, or damaged.
-        """
-        rows, n = self._rows(codes)
-        out, scratch = torch.empty(n, self.dim, device=self.device), _Scratch(self.device)
-        for chunk in self._chunks(n):
-            estimate = self.rotation.inverse(self._estimate(rows, chunk, scratch))
-            torch.mul(estimate, rows["norms"][chunk, None], out=out[chunk])
-        return out.view(codes.shape)
-
-    @torch.no_grad()
-    def inner_product(self, y: Tensor, codes: Codes) -> Tensor:
-        """Estimate inner products, unbiased over the sketch when residual norms are stored.
-
-        Args:
-            y: (m, d), any floating type.
-            codes: Codes of vectors (..., d).
-
-        Returns:
-            (m, ...) float32: <y, x_hat>.
-
-        Raises:
-            ValueError: As `decode`; or if y has another shape.
-        """
-        rotated = self.rotation.forward(self._queries(y))
-        rows, n = self._rows(codes)
-        out, scratch = torch.empty(len(rotated), n, device=self.device), _Scratch(self.device)
-        for chunk in self._chunks(n):
-            with full_precision():
-                scores = rotated @ self._estimate(rows, chunk, scratch).T
-            torch.mul(scores, rows["norms"][chunk], out=out[:, chunk])
-        return out.view(len(rotated), *codes.shape[:-1])
-
-    def _estimate(self, rows: Mapping[str, Tensor], chunk: slice, scratch: _Scratch) -> Tensor:
-        """Estimates (n, d) of the rotated unit vectors."""
-        signs = unpack(rows["signs"][chunk], 1, self.dim).float().mul_(2).sub_(1)
-        with full_precision():
-            residual = signs @ self._unsketch
-        lengths = rows["residual_norms"][chunk, None] if self._residual is None else self._residual
-        return residual.mul_(lengths).add_(self._levels(rows["codes"][chunk], scratch), alpha=1 / self._root)
+    def _estimate(self, rows: Mapping[str, Tensor], scratch: _Scratch) -> tuple[Tensor, Tensor]:
+        signs = unpack(rows["signs"], 1, self.dim).float().mul_(2).sub_(1)
+        lengths = rows["residual_norms"][:, None] if self._residual is None else self._residual
+        residual = (signs @ self._unsketch).mul_(lengths)
+        return residual.add_(self._levels(rows["codes"], scratch), alpha=1 / self._root), rows["norms"]
 
     def _tensors(self, lead: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         signs = {"signs": ((*lead, packed_bytes(self.dim, 1)), torch.uint8)}
@@ -889,11 +864,6 @@ def _sum_of_squares(x: Tensor, scratch: _Scratch) -> Tensor:
 def _square_root(x: Tensor) -> Tensor:
     """Correctly rounded float32 square roots, which vector libraries do not promise: by way of float64."""
     return x.double().sqrt().float()
-
-
-def _shaped(held: Mapping[str, Tensor], shape: tuple[int, ...], recipe: str) -> Codes:
-    tensors = {name: t.view((*shape[:-1], *t.shape[1:])) for name, t in held.items()}
-    return Codes(tensors, shape, recipe)
 
 
 def _runs(dim: int, bits: int | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -261,6 +261,28 @@ def test_hadamard_codes_do_not_depend_on_the_batch():
         assert torch.equal(whole.tensors[name][2100:2105], tensor)
 
 
+def test_threads_change_nothing_and_their_number_is_kept():
+    before = torch.get_num_threads()
+    x = vectors(12_000, 96)
+    y = vectors(3, 96, seed=1)
+    quantizer = ProdQuantizer(96, 3, seed=0, rotation="hadamard")
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            codes = quantizer.encode(x)
+            found.append((codes.tensors["codes"], quantizer.decode(codes), quantizer.inner_product(y, codes)))
+            assert torch.get_num_threads() == threads
+        x[-1, 0] = math.nan
+        with pytest.raises(ValueError, match="must be finite"):
+            quantizer.encode(x)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three) if one.dtype == torch.uint8 else torch.allclose(one, three, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_is_taken_at_its_value(dtype):
     x = vectors(100, 64).to(dtype)
