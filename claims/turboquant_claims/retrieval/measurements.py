@@ -1,0 +1,62 @@
+"""How is each measurement made once a session, whichever worker needs it first?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from turboquant.evals import retrieval
+from turboquant.evals.corpus import dataset
+from turboquant.subjects import VectorSubject
+from turboquant_claims.ledger import Cell, seed63
+
+FIXED = ("pq", "scalar")
+
+
+class Measurements:
+    """Ranks of true neighbours under a method, kept in a folder that all workers of the session see.
+
+    A search of 15,000 vectors by 1,000 queries answers every k and serves several claims, so the claims share
+    rotations too: the seeds come from the master seed, the data set and the bits alone.
+
+    Args:
+        folder: The session's own; nothing outlives it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def series(self, cell: Cell, *methods: str | VectorSubject) -> list[list[retrieval.Measurement]]:
+        """For each method one measurement a cluster; what no seed changes is measured once and repeated.
+
+        Args:
+            cell: With the parameters `data` and `bits`, and clusters.
+            *methods: Subjects, or names of `retrieval.METHODS`.
+        """
+        rounds = []
+        for index in range(cell.clusters):
+            # Every method of a round before the next: they share its rotation, which is costly at large d.
+            seed = seed63(cell.master_seed, "retrieval", cell["data"], cell["bits"], index)
+            rounds.append([self.one(cell, 0 if method in FIXED else seed, method) for method in methods])
+        return [list(one) for one in zip(*rounds, strict=True)]
+
+    def one(self, cell: Cell, seed: int, method: str | VectorSubject) -> retrieval.Measurement:
+        """One measurement: from the session's folder, or made now."""
+        data, bits = cell["data"], cell["bits"]
+        name = method if isinstance(method, str) else f"subject {method.name}"
+        path = self.folder / hashlib.sha256(f"{data}|{bits}|{seed}|{name}".encode()).hexdigest()[:32]
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                vectors = dataset(data)
+                if isinstance(method, str):
+                    made = retrieval.by_name(method, vectors, bits=bits, seed=seed)
+                else:
+                    made = retrieval.measure(method, vectors, bits=bits, seed=seed)
+                figures = (made.train_seconds, made.encode_seconds, made.vector_bytes)
+                path.write_text(json.dumps([made.ranks.tolist(), *figures]))
+        ranks, *figures = json.loads(path.read_text())
+        return retrieval.Measurement(torch.tensor(ranks), *figures)

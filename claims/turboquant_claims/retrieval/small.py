@@ -1,0 +1,62 @@
+"""What do the smaller checks measure with? PQ of any shape, and its recall on a small database."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from turboquant.evals.corpus import synthetic
+from turboquant.evals.retrieval import nearest, neighbour_ranks, recall
+from turboquant.rivals import FaissPQ
+from turboquant.subjects import VectorSubject, import_faiss
+
+DIM = 16
+DATABASE = 4096
+QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A database, as many other vectors of its kind, and queries: (n, d) each."""
+
+    database: Tensor
+    others: Tensor
+    queries: Tensor
+
+
+def sample(seed: int) -> Sample:
+    """Uniform points of the unit sphere in 16 dimensions: four groups of four coordinates."""
+    vectors = synthetic("isotropic", 2 * DATABASE + QUERIES, DIM, seed=seed)
+    return Sample(vectors[:DATABASE], vectors[DATABASE:-QUERIES], vectors[-QUERIES:])
+
+
+def pq_recall(vectors: Sample, *, training: Tensor, coordinates: int, bits_a_code: int, seed: int) -> float:
+    """Recall 1@1 of a product quantizer.
+
+    Args:
+        vectors: What is searched.
+        training: (n, d) what the quantizer is trained on.
+        coordinates: Coordinates that share a code.
+        bits_a_code: 8 for tables of 256 entries, 4 for tables of 16.
+        seed: Of k-means.
+    """
+    faiss = import_faiss()
+    codec = faiss.ProductQuantizer(DIM, DIM // coordinates, bits_a_code)
+    codec.cp.seed = seed % (1 << 31)
+    codec.cp.min_points_per_centroid = 1  # 16 a centroid here, on purpose; faiss would warn on stderr
+    codec.train(training.numpy())
+    pq = FaissPQ()
+    codes = pq.encode(vectors.database, bits=2, seed=seed, codec=codec)
+    ranks = neighbour_ranks(
+        pq.inner_product(vectors.queries, codes), nearest(vectors.database, vectors.queries)
+    )
+    return recall(ranks, [1])[1]
+
+
+def seconds_to_index(subject: VectorSubject, database: Tensor, bits: int, seed: int) -> float:
+    """Time from raw vectors to codes, whatever training or drawing of rotations that takes."""
+    start = time.perf_counter()
+    subject.encode(database, bits=bits, seed=seed)
+    return time.perf_counter() - start
