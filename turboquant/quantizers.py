@@ -183,6 +183,8 @@ class _Scalar:
             self._segments.append((slice(start, start + width), _Rounding(book, self.device)))
             start += width
         self._root = math.sqrt(codebook_dim or dim)
+        # As a tensor: by a Python number, CUDA would multiply by the reciprocal, which rounds differently.
+        self._divisor = torch.tensor(self._root, dtype=torch.float32, device=self.device)
 
     @property
     def recipe(self) -> str:
@@ -473,7 +475,7 @@ class MseQuantizer(_Scalar):
         return {"codes": packed, "norms": norms}
 
     def _estimate(self, rows: Mapping[str, Tensor], scratch: _Scratch) -> tuple[Tensor, Tensor]:
-        return self._levels(rows["codes"], scratch), rows["norms"] / self._root
+        return self._levels(rows["codes"], scratch), rows["norms"] / self._divisor
 
 
 class ProdQuantizer(_Scalar):
@@ -573,7 +575,7 @@ class ProdQuantizer(_Scalar):
         signs = pack((residual @ self.sketch.T >= 0).view(torch.uint8), 1)
         found = {"codes": packed, "signs": signs, "norms": norms}
         if self._residual is None:
-            found["residual_norms"] = _square_root(_sum_of_squares(residual, scratch)) / self._root
+            found["residual_norms"] = _square_root(_sum_of_squares(residual, scratch)) / self._divisor
         return found
 
     def _estimate(self, rows: Mapping[str, Tensor], scratch: _Scratch) -> tuple[Tensor, Tensor]:
@@ -763,7 +765,7 @@ class SplitQuantizer:
             part._check_codes(piece)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def quantizer_of(recipe: str, device: str = "cpu") -> Quantizer:
     """The quantizer that a recipe describes: what decodes codes that were loaded from a file.
 
