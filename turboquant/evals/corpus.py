@@ -45,7 +45,7 @@ __all__ = [
 
 QUERIES = 1000
 DATABASE = 15_000
-SYNTHETIC_QUERIES = 4000
+SYNTHETIC_QUERIES = 2000
 SYNTHETIC_DATABASE = 10_240
 """40 training points for each of PQ's 256 centroids; faiss asks for 39."""
 
@@ -141,7 +141,7 @@ def dataset(name: str) -> Vectors:
         name: "minilm" (d = 384): sentence embeddings, 15,000 in the database and 1,000 others as queries.
             "minilm-1536" and "minilm-3072": the same sentences; the means of the last 4 layers' states over
             the tokens, and for 3072 also their maxima.
-            "isotropic" (d = 200): 10,240 and 4,000 points, uniform on the sphere, which no rotation changes.
+            "isotropic" (d = 200): 10,240 and 2,000 points, uniform on the sphere, which no rotation changes.
             "spectrum" (d = 200): as many, with normal coordinates whose variance falls as 1/j along the axes,
             scaled to unit length: coordinates as unequal as those of principal components.
 
@@ -237,7 +237,7 @@ def _embedded(name: str) -> Vectors:
 @lru_cache(maxsize=2)
 def _synthetic(name: str) -> Vectors:
     vectors = synthetic(name, SYNTHETIC_QUERIES + SYNTHETIC_DATABASE, 200, seed=0)
-    queries, database = vectors[:SYNTHETIC_QUERIES], vectors[SYNTHETIC_QUERIES:]
+    database, queries = vectors[:SYNTHETIC_DATABASE], vectors[SYNTHETIC_DATABASE:]
     return Vectors(name, database, queries, {"synthetic_seed": 0})
 
 

@@ -12,7 +12,7 @@ from turboquant.evals.retrieval import nearest, neighbour_ranks, recall
 from turboquant.rivals import FaissPQ
 from turboquant.subjects import VectorSubject, import_faiss
 
-DIM = 16
+DIM = 8
 DATABASE = 4096
 QUERIES = 1024
 
@@ -27,7 +27,7 @@ class Sample:
 
 
 def sample(seed: int) -> Sample:
-    """Uniform points of the unit sphere in 16 dimensions: four groups of four coordinates."""
+    """Uniform points of the unit sphere in 8 dimensions: two groups of four coordinates."""
     vectors = synthetic("isotropic", 2 * DATABASE + QUERIES, DIM, seed=seed)
     return Sample(vectors[:DATABASE], vectors[DATABASE:-QUERIES], vectors[-QUERIES:])
 
