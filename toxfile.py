@@ -9,9 +9,9 @@ from tox.plugin import impl
 
 # Measured with torch 2.13.0 CPU on Linux: downloaded by pip / on disk afterwards.
 SIZES = {
-    "claims": ("about 0.6 GB", "2 GB"),
-    "tests": ("about 0.6 GB", "2 GB"),
-    "types": ("about 0.6 GB", "2 GB"),
+    "claims": ("about 0.4 GB", "2 GB"),
+    "tests": ("about 0.4 GB", "2 GB"),
+    "types": ("about 0.4 GB", "2 GB"),
     "lint": ("about 12 MB", "60 MB"),
 }
 _announced: set[str] = set()

@@ -4,14 +4,14 @@ import importlib
 from collections.abc import Callable
 
 import pytest
+
+from turboquant.quantizers import SplitQuantizer
+from turboquant.rivals import released_split
 from turboquant_claims import BOUND_TO
 from turboquant_claims.bits import test_channel_split
 from turboquant_claims.evidence import Evidence, Losses, Readings, Record, interval
 from turboquant_claims.ledger import Cell, CellSpec, Claim, read
 from turboquant_claims.verdicts import judge
-
-from turboquant.quantizers import SplitQuantizer
-from turboquant.rivals import released_split
 
 ROOMS = (
     "bits.test_compression",
