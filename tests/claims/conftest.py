@@ -37,7 +37,7 @@ class Session:
         """Lay down the ledger and one file of checks."""
         write_ledger(self.pytester.path / "ledger", *claims)
         self.pytester.makepyfile(test_checks="from turboquant_claims import claim\n" + checks)
-        # Inside another session the plugins are imported already, and pytest warns that it cannot rewrite them.
+        # Inside another session the plugins are already imported, which pytest warns of.
         self.pytester.makeini(
             "[pytest]\nfilterwarnings =\n  error\n  ignore::pytest.PytestAssertRewriteWarning\n"
             "markers =\n  gpu: x\n  slow: x\n"
