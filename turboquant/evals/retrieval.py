@@ -20,7 +20,7 @@ from torch import Tensor
 from turboquant.evals.corpus import DATASETS, Vectors, dataset
 from turboquant.packing import unpack
 from turboquant.rivals import FaissPQ, FaissRaBitQ, scalar_without_rotation
-from turboquant.rotation import full_precision
+from turboquant.rotation import full_precision, make_rotation
 from turboquant.subjects import VectorSubject, import_faiss, resolve
 
 __all__ = [
@@ -178,6 +178,14 @@ class RaBitQ(FaissRaBitQ):
     are read from faiss's codes, offsets from one scan with a zero query, and a second scan checks that the
     layout is the one assumed here.
     """
+
+    def inner_product(self, y: Tensor, codes: Any) -> Tensor:
+        """Estimates of <y, x>, (m, n) float32."""
+        slopes, offsets = self._affine(codes)
+        with full_precision():
+            return (
+                make_rotation("haar", codes.index.d, seed=codes.seed).forward(y.float()) @ slopes.T + offsets
+            )
 
     def _affine(self, codes: Any) -> tuple[Tensor, Tensor]:
         index = codes.index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -37,12 +38,14 @@ class Measurements:
             cell: With the parameters `data` and `bits`, and clusters.
             *methods: Subjects, or names of `retrieval.METHODS`.
         """
-        rounds = []
-        for index in range(cell.clusters):
+        rounds = {}
+        indices = range(cell.clusters)
+        # Workers that need the same series start at different ends, so that they share it.
+        for index in indices if os.getpid() % 2 else reversed(indices):
             # Every method of a round before the next: they share its rotation, which is costly at large d.
             seed = seed63(cell.master_seed, "retrieval", cell["data"], cell["bits"], index)
-            rounds.append([self.one(cell, 0 if method in FIXED else seed, method) for method in methods])
-        return [list(one) for one in zip(*rounds, strict=True)]
+            rounds[index] = [self.one(cell, 0 if method in FIXED else seed, method) for method in methods]
+        return [list(one) for one in zip(*(rounds[index] for index in indices), strict=True)]
 
     def one(self, cell: Cell, seed: int, method: str | VectorSubject) -> retrieval.Measurement:
         """One measurement: from the session's folder, or made now."""

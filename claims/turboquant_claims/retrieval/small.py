@@ -12,8 +12,6 @@ from turboquant.evals.retrieval import nearest, neighbour_ranks, recall
 from turboquant.rivals import FaissPQ
 from turboquant.subjects import VectorSubject, import_faiss
 
-DIM = 8
-DATABASE = 4096
 QUERIES = 1024
 
 
@@ -26,10 +24,10 @@ class Sample:
     queries: Tensor
 
 
-def sample(seed: int) -> Sample:
-    """Uniform points of the unit sphere in 8 dimensions: two groups of four coordinates."""
-    vectors = synthetic("isotropic", 2 * DATABASE + QUERIES, DIM, seed=seed)
-    return Sample(vectors[:DATABASE], vectors[DATABASE:-QUERIES], vectors[-QUERIES:])
+def sample(n: int, dim: int, seed: int) -> Sample:
+    """A database of n uniform points of the unit sphere, n others, and 1,024 queries."""
+    vectors = synthetic("isotropic", 2 * n + QUERIES, dim, seed=seed)
+    return Sample(vectors[:n], vectors[n:-QUERIES], vectors[-QUERIES:])
 
 
 def pq_recall(vectors: Sample, *, training: Tensor, coordinates: int, bits_a_code: int, seed: int) -> float:
@@ -43,9 +41,10 @@ def pq_recall(vectors: Sample, *, training: Tensor, coordinates: int, bits_a_cod
         seed: Of k-means.
     """
     faiss = import_faiss()
-    codec = faiss.ProductQuantizer(DIM, DIM // coordinates, bits_a_code)
+    dim = training.shape[1]
+    codec = faiss.ProductQuantizer(dim, dim // coordinates, bits_a_code)
     codec.cp.seed = seed % (1 << 31)
-    codec.cp.min_points_per_centroid = 1  # 16 a centroid here, on purpose; faiss would warn on stderr
+    codec.cp.min_points_per_centroid = 1  # few a centroid, on purpose; faiss would warn on stderr
     codec.train(training.numpy())
     pq = FaissPQ()
     codes = pq.encode(vectors.database, bits=2, seed=seed, codec=codec)

@@ -14,7 +14,7 @@ def test_table_size(cell: Cell, record: Record) -> None:
     large: list[float] = []
     small: list[float] = []
     for seed in cell.seeds():
-        vectors = sample(seed)
+        vectors = sample(cell["vectors"], cell["dim"], seed)
         for recalls, coordinates, bits in ((large, 4, 8), (small, 2, 4)):
             recalls.append(
                 pq_recall(
@@ -34,7 +34,7 @@ def test_training_set(cell: Cell, record: Record) -> None:
     own: list[float] = []
     others: list[float] = []
     for seed in cell.seeds():
-        vectors = sample(seed)
+        vectors = sample(cell["vectors"], cell["dim"], seed)
         for recalls, training in ((own, vectors.database), (others, vectors.others)):
             recalls.append(pq_recall(vectors, training=training, coordinates=4, bits_a_code=8, seed=seed))
     record.paired(own, others)

@@ -35,6 +35,8 @@ def keep_curves(record: Record, cell: Cell, **series: list[Measurement]) -> None
     "paper-v1-recall-isotropic",
     "paper-v1-recall-spectrum",
     "google-blog-recall-d200",
+    "paper-v1-recall-minilm-1536",
+    "paper-v1-recall-minilm-3072",
     "paper-v1-recall-ties",
     "rabitq-note-mse-above-prod",
     "seed-true-or-false-rotation-raises-recall",
