@@ -38,14 +38,16 @@ class Measurements:
             cell: With the parameters `data` and `bits`, and clusters.
             *methods: Subjects, or names of `retrieval.METHODS`.
         """
-        rounds = {}
         indices = range(cell.clusters)
+        made: dict[tuple[str | VectorSubject, int], retrieval.Measurement] = {}
         # Workers that need the same series start at different ends, so that they share it.
         for index in indices if os.getpid() % 2 else reversed(indices):
             # Every method of a round before the next: they share its rotation, which is costly at large d.
             seed = seed63(cell.master_seed, "retrieval", cell["data"], cell["bits"], index)
-            rounds[index] = [self.one(cell, 0 if method in FIXED else seed, method) for method in methods]
-        return [list(one) for one in zip(*(rounds[index] for index in indices), strict=True)]
+            made |= {(m, index): self.one(cell, seed, m) for m in methods if m not in FIXED}
+        # Last, because training PQ keeps every other worker that needs it waiting.
+        fixed = {m: self.one(cell, 0, m) for m in methods if m in FIXED}
+        return [[fixed[m] if m in fixed else made[m, index] for index in indices] for m in methods]
 
     def one(self, cell: Cell, seed: int, method: str | VectorSubject) -> retrieval.Measurement:
         """One measurement: from the session's folder, or made now."""
