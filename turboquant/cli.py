@@ -19,6 +19,7 @@ from torch import Tensor
 
 from turboquant import subjects, theory
 from turboquant.codebook import codebook as make_codebook
+from turboquant.evals import retrieval
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, quantizer_of
 
 __all__ = ["app"]
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(retrieval.app)
 _out = Console()
 _err = Console(stderr=True)
 
