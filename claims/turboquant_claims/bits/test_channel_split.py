@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from turboquant.memory import mean_bits
 from turboquant.quantizers import SplitQuantizer
 from turboquant.rivals import PolarQuant, released_split
 from turboquant.theory import lloyd_max, quantized_distortion
@@ -11,7 +12,6 @@ from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
 from turboquant_claims.measure import sphere
-from turboquant_claims.memory.accounting import mean_bits
 from turboquant_claims.statements.printed import split
 
 TWO_FP16_NORMS = 2 * 16

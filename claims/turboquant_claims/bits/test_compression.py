@@ -1,12 +1,12 @@
 """How many bits does a setting store for each coordinate, and how many times smaller than 16 bits is that?"""
 
+from turboquant.memory import BF16_BITS, compression, mean_bits
 from turboquant.rivals import PolarQuant, Qjl
 from turboquant.subjects import VectorSubject
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
 from turboquant_claims.measure import sphere
-from turboquant_claims.memory.accounting import BF16_BITS, compression, mean_bits, windowed_compression
 from turboquant_claims.statements.printed import numbers, split
 
 VECTORS = 256
@@ -144,6 +144,19 @@ def test_method_compression(cell: Cell, record: Record) -> None:
 def test_tokens_in_the_same_memory(cell: Cell, record: Record) -> None:
     """Tokens, in thousands, that compression puts where some were before."""
     record.figure(cell["thousand_tokens"] * compression(_method_bits(cell["bits"], cell["dim"])))
+
+
+def windowed_compression(tokens: int, window: int, *, compressed_bits: float) -> float:
+    """The ratio of a cache that leaves its `window` most recent tokens in 16 bits.
+
+    Args:
+        tokens: Length of the context.
+        window: Tokens kept uncompressed.
+        compressed_bits: Mean bits for each coordinate of the other tokens, constants included.
+    """
+    return compression(
+        mean_bits([(min(window, tokens), BF16_BITS), (max(0, tokens - window), compressed_bits)])
+    )
 
 
 @claim("seed-taleef7-compression", "seed-taleef7-compression-target")

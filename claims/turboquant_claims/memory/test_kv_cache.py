@@ -2,24 +2,29 @@
 
 import math
 
+from turboquant.memory import GIB, KvLayer, cache_bytes, kv_layers, parameters, read_config
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
-from turboquant_claims.memory.accounting import GIB, cache_bytes, compressed_share
 
 UNITS = {"GB": 1e9, "GiB": float(GIB)}
 SMALL_UNITS = {"MB": 1e6, "MiB": float(2**20)}
+CONFIGURATIONS = {
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+}
 
 
 def _bytes(cell: Cell, heads: int) -> float:
-    return cache_bytes(
-        layers=cell["layers"],
-        heads=heads,
-        head_dim=cell["head_dim"],
-        tokens=cell.get("tokens", 1),
-        key_bits=cell.get("bits", 16),
-        value_bits=cell.get("bits", 16),
-    )
+    layers = [KvLayer(heads, cell["head_dim"])] * cell["layers"]
+    return cache_bytes(layers, cell.get("tokens", 1), bits=cell.get("bits", 16))
 
 
 @claim("seed-true-or-false-kv-gib")
@@ -87,6 +92,18 @@ def test_ratio_of_the_total(cell: Cell, record: Record) -> None:
     record.figure(total / (cell["weights"] + cell["cache"] / cell["cache_ratio"]))
 
 
+@claim("google-blog-model-size")
+def test_model_before_and_after(cell: Cell, record: Record) -> None:
+    """Bytes of what is counted as the model with a 16-bit cache, over the same with a compressed one."""
+    config = read_config(CONFIGURATIONS[cell["model"]])
+    layers, weights = kv_layers(config), 2 * parameters(config)
+    before, after = (cache_bytes(layers, cell["tokens"], bits=bits) for bits in (16, cell["bits"]))
+    if cell["counted"] == "weights":
+        before = after = 0
+    record.figure((weights + before) / (weights + after))
+    record.note(weight_bytes=weights, cache_bytes=before, compressed_bytes=after)
+
+
 @claim("seed-methodology-contexts-fit", "seed-accuracy-blog-128k-context")
 def test_context_fits_the_model(cell: Cell, record: Record) -> None:
     """Positions that the model was trained on over those used."""
@@ -96,7 +113,7 @@ def test_context_fits_the_model(cell: Cell, record: Record) -> None:
 @claim("seed-taleef7-niah-compressed")
 def test_share_compressed(cell: Cell, record: Record) -> None:
     """Share of the context outside the uncompressed window."""
-    record.figure(compressed_share(cell["tokens"], cell["window"]))
+    record.figure(max(0, cell["tokens"] - cell["window"]) / cell["tokens"])
 
 
 @claim("vllm-preset-compression")

@@ -37,3 +37,28 @@ def test_stored_norms(cell: Cell, record: Record) -> None:
     x = measure.sphere(256, cell["dim"], cell.seed)
     held = RELEASED.nbytes(RELEASED.encode(x, bits=cell["bits"], seed=cell.seed))
     record.figure(8 * held / len(x) - cell["bits"] * cell["dim"] - 32)
+
+
+def quantized_share(prompt: int, generated: int, buffer: int, *, flushes: bool) -> float:
+    """Share of generated tokens that leave the released code's raw buffer.
+
+    Args:
+        prompt: Tokens of the prompt; those beyond the last whole multiple of `buffer` start in the buffer.
+        generated: Tokens that follow, one at a time.
+        buffer: Length at which the buffer is meant to be quantized and emptied.
+        flushes: Whether that happens; in the code the step returns first.
+    """
+    raw = prompt % buffer
+    for length in range(prompt + 1, prompt + generated + 1):
+        raw += 1
+        if flushes and length % buffer == 0:
+            raw = 0
+    return (generated - min(raw, generated)) / generated
+
+
+@claim("released-code-quantizes-generated")
+def test_generated_tokens(cell: Cell, record: Record) -> None:
+    """Per cent of the generated tokens that are quantized at the end, as the code is and as it was meant."""
+    sizes = cell["prompt"], cell["generated"], cell["buffer"]
+    record.figure(100 * quantized_share(*sizes, flushes=False))
+    record.note(if_it_flushed=100 * quantized_share(*sizes, flushes=True))

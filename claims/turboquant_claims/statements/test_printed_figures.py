@@ -10,6 +10,8 @@ from turboquant_claims.statements.printed import extreme, numbers
 
 @claim(
     "turboquant-plus-same-budget",
+    "turboquant-plus-values-free-own-table",
+    "scos-lab-norm-ratio",
     "seed-methodology-3x-example",
     "seed-true-or-false-8x-arithmetic",
     "seed-true-or-false-total-ratio",
@@ -42,6 +44,7 @@ def test_bits_fewer(cell: Cell, record: Record) -> None:
     "seed-methodology-layers",
     "seed-taleef7-throughput-range",
     "seed-accuracy-blog-3-bit-floor",
+    "seed-accuracy-blog-7b-plus",
 )
 def test_end_of_range(cell: Cell, record: Record) -> None:
     """The smallest or largest figure of the column that the statement sums up."""
@@ -61,10 +64,22 @@ def test_same_cell_elsewhere(cell: Cell, record: Record) -> None:
     record.figure(elsewhere[cell["context"]])
 
 
-@claim("seed-methodology-cosine-ranks")
+@claim("seed-methodology-cosine-ranks", "scos-lab-ratio-predicts-bits")
 def test_rank_agreement(cell: Cell, record: Record) -> None:
     """Kendall's rank correlation of two printed columns."""
     record.figure(stats.kendalltau(numbers(cell["first"]), numbers(cell["second"])).statistic)
+
+
+@claim("turboquant-plus-boundary-gap")
+def test_gap_recovered(cell: Cell, record: Record) -> None:
+    """Per cent of a rise in perplexity that is undone, counted from the yardstick or the baseline."""
+    worst = cell["worst"]
+    record.readings(
+        {
+            f"gap to the {name}": 100 * (worst - cell["kept"]) / (worst - cell[name])
+            for name in ("yardstick", "baseline")
+        }
+    )
 
 
 @claim("seed-accuracy-blog-int4-perplexity")
