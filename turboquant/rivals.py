@@ -8,7 +8,9 @@ counts; `nbytes` counts what is held, scales and norms included.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
@@ -38,6 +40,7 @@ __all__ = [
     "released_split",
     "scalar_without_rotation",
     "to_polar",
+    "train_pq",
 ]
 
 RELEASED_RESIDUAL_NORMS = (1.0, 0.60281, 0.34267, 0.18576, 0.09743)
@@ -417,6 +420,37 @@ def polar_codebook(level: int, bits: int) -> Tensor:
     return torch.from_numpy(centroids).float()
 
 
+def train_pq(x: Tensor, *, coordinates: int, bits_a_code: int, seed: int) -> Any:
+    """Train a product quantizer: the same centroids as faiss's own `ProductQuantizer.train`, in less time.
+
+    A subspace's k-means gains nothing from a second thread, so subspaces are shared out, not their parts.
+
+    Args:
+        x: (n, d), d a multiple of the coordinates.
+        coordinates: Coordinates that share a code.
+        bits_a_code: 8 for tables of 256 centroids, 4 for tables of 16.
+        seed: Of k-means.
+
+    Returns:
+        The trained faiss ProductQuantizer.
+    """
+    faiss = import_faiss()
+    codec = faiss.ProductQuantizer(x.shape[-1], x.shape[-1] // coordinates, bits_a_code)
+    codec.cp.seed = seed % (1 << 31)
+    codec.cp.min_points_per_centroid = 1  # small sets are the caller's choice; faiss would warn on stderr
+
+    def centroids(part: Tensor) -> Any:
+        clustering = faiss.Clustering(coordinates, codec.ksub, codec.cp)
+        clustering.train(part.contiguous().numpy(), faiss.IndexFlatL2(coordinates))
+        return faiss.vector_to_array(clustering.centroids)
+
+    # All cores, whatever the process's own setting: other test workers may be waiting for this codec.
+    with ThreadPoolExecutor(os.cpu_count(), initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(centroids, x.float().split(coordinates, dim=-1)))
+    faiss.copy_array_to_vector(np.concatenate(found), codec.centroids)
+    return codec
+
+
 @dataclass(frozen=True)
 class PqCodes:
     """faiss's codes and the trained quantizer that they index into."""
@@ -451,11 +485,7 @@ class FaissPQ(_Rival):
             raise ValueError(
                 f"PQ with byte codes takes 1, 2, 4 or 8 bits, and 8 / bits dividing d, not {bits} and {dim}"
             )
-        codec = self._faiss.ProductQuantizer(dim, dim * bits // 8, 8)
-        codec.cp.seed = seed % (1 << 31)
-        codec.cp.min_points_per_centroid = 1  # small sets are the caller's choice; faiss would warn on stderr
-        codec.train(x.float().contiguous().numpy())
-        return codec
+        return train_pq(x, coordinates=8 // bits, bits_a_code=8, seed=seed)
 
     def encode(self, x: Tensor, *, bits: int, seed: int, codec: Any = None) -> PqCodes:
         """Quantize x, (n, d), with a codec of `train` or, without one, a codec trained first."""

@@ -52,7 +52,8 @@ def code_fingerprint(check: Path, subject: object = None) -> str:
 def machine(master_seed: int) -> dict[str, Any]:
     """What every line of a run shares: commit, versions, processor and CUDA device."""
     facts: dict[str, Any] = {
-        "commit": _git("rev-parse", "HEAD"),
+        # A copy of the sources without git can say of which commit it is.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("TURBOQUANT_COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain")),
         "master_seed": master_seed,
         "python": platform.python_version(),

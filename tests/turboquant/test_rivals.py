@@ -176,6 +176,20 @@ def test_product_quantization_learns_its_data():
         subject.encode(x, bits=3, seed=0)
 
 
+@pytest.mark.parametrize(("coordinates", "bits_a_code"), [(4, 8), (2, 8), (2, 4)])
+def test_product_quantization_has_the_centroids_that_faiss_trains(coordinates, bits_a_code):
+    faiss = rivals.import_faiss()
+    x = unit(600, 24)
+    ours = rivals.train_pq(x, coordinates=coordinates, bits_a_code=bits_a_code, seed=7)
+    theirs = faiss.ProductQuantizer(24, 24 // coordinates, bits_a_code)
+    theirs.cp.seed = 7
+    theirs.cp.min_points_per_centroid = 1
+    theirs.train(x.numpy())
+    same = [faiss.vector_to_array(codec.centroids).tolist() for codec in (ours, theirs)]
+    assert same[0] == same[1]
+    assert (ours.compute_codes(x.numpy()) == theirs.compute_codes(x.numpy())).all()
+
+
 def test_rabitq_scores_agree_however_many_queries():
     subject = rivals.FaissRaBitQ()
     codes = subject.encode(unit(200, 16) + 0.3, bits=3, seed=0)

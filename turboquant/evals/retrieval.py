@@ -7,7 +7,6 @@ so all k are read from one pass and nothing is sorted.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,15 +163,9 @@ def measure_pq(vectors: Vectors, *, bits: int, seed: int = PQ_SEED) -> Measureme
         Ranks, times and bytes.
     """
     pq = FaissPQ()
-    faiss = import_faiss()
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(os.cpu_count() or 1)  # other test workers may be waiting for this codec
-    try:
-        start = time.perf_counter()
-        codec = pq.train(vectors.database, bits=bits, seed=seed)
-        trained = time.perf_counter() - start
-    finally:
-        faiss.omp_set_num_threads(threads)
+    start = time.perf_counter()
+    codec = pq.train(vectors.database, bits=bits, seed=seed)
+    trained = time.perf_counter() - start
     return _measured(
         pq, vectors, lambda: pq.encode(vectors.database, bits=bits, seed=seed, codec=codec), trained
     )

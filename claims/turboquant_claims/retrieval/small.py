@@ -9,8 +9,8 @@ from torch import Tensor
 
 from turboquant.evals.corpus import synthetic
 from turboquant.evals.retrieval import nearest, neighbour_ranks, recall
-from turboquant.rivals import FaissPQ
-from turboquant.subjects import VectorSubject, import_faiss
+from turboquant.rivals import FaissPQ, train_pq
+from turboquant.subjects import VectorSubject
 
 QUERIES = 1024
 
@@ -40,12 +40,7 @@ def pq_recall(vectors: Sample, *, training: Tensor, coordinates: int, bits_a_cod
         bits_a_code: 8 for tables of 256 entries, 4 for tables of 16.
         seed: Of k-means.
     """
-    faiss = import_faiss()
-    dim = training.shape[1]
-    codec = faiss.ProductQuantizer(dim, dim // coordinates, bits_a_code)
-    codec.cp.seed = seed % (1 << 31)
-    codec.cp.min_points_per_centroid = 1  # few a centroid, on purpose; faiss would warn on stderr
-    codec.train(training.numpy())
+    codec = train_pq(training, coordinates=coordinates, bits_a_code=bits_a_code, seed=seed)
     pq = FaissPQ()
     codes = pq.encode(vectors.database, bits=2, seed=seed, codec=codec)
     ranks = neighbour_ranks(
