@@ -446,7 +446,7 @@ def train_pq(x: Tensor, *, coordinates: int, bits_a_code: int, seed: int) -> Any
 
     # All cores, whatever the process's own setting: other test workers may be waiting for this codec.
     with ThreadPoolExecutor(os.cpu_count(), initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
-        found = list(pool.map(centroids, x.float().split(coordinates, dim=-1)))
+        found = list(pool.map(centroids, torch.split(x.float(), coordinates, dim=-1)))
     faiss.copy_array_to_vector(np.concatenate(found), codec.centroids)
     return codec
 

@@ -7,6 +7,7 @@ import torch
 
 from turboquant.codebook import codebook
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, SplitQuantizer
+from turboquant.packing import unpack
 from turboquant.rotation import make_rotation
 
 pytestmark = pytest.mark.gpu
@@ -31,6 +32,26 @@ def test_hadamard_codes_are_the_same_bytes(dim: int, bits: int) -> None:
     on_cpu = MseQuantizer(dim, bits, seed=1, rotation="hadamard").encode(x)
     on_gpu = MseQuantizer(dim, bits, seed=1, rotation="hadamard", device="cuda").encode(x.cuda())
     assert same_bytes(on_cpu, on_gpu)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 200, 384])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_residual_norms_are_the_same_bytes(dim: int, bits: int) -> None:
+    """And the signs differ only where the sketch of the residual is next to zero."""
+    x = vectors(5_000, dim)
+    quantizer = ProdQuantizer(dim, bits, seed=1, rotation="hadamard")
+    on_cpu = quantizer.encode(x)
+    on_gpu = ProdQuantizer(dim, bits, seed=1, rotation="hadamard", device="cuda").encode(x.cuda()).to("cpu")
+    signs = [unpack(codes.tensors["signs"], 1, dim) for codes in (on_cpu, on_gpu)]
+    for name in ("codes", "norms", "residual_norms"):
+        assert torch.equal(on_cpu.tensors[name], on_gpu.tensors[name]), name
+    differ = signs[0] != signs[1]
+    assert differ.float().mean() <= 1e-5
+    unit = x.double() / x.double().norm(dim=-1, keepdim=True)
+    mse = MseQuantizer(dim, bits - 1, seed=1, rotation="hadamard") if bits > 1 else None
+    residual = unit - mse.decode(mse.encode(unit.float())) if mse else unit
+    sketched = (quantizer.rotation.forward(residual.float()) @ quantizer.sketch.T)[differ]
+    assert bool((sketched.abs() <= 1e-5).all())
 
 
 def test_hadamard_codes_do_not_depend_on_the_batch() -> None:
