@@ -1,9 +1,10 @@
 """How do b-bit codes become bytes? One little-endian bit stream a row, for every b in 1..8 and any length.
 
-Code i of a row occupies bits i*b .. i*b + b - 1 of its stream, least significant first. Eight codes at a time
-are squeezed inside one 64-bit word, in three steps that each halve the gaps, so packing costs a few integer
-operations for eight codes on every device. (Bytes are taken from words as a little-endian machine holds
-them.)
+Code i of a row occupies bits i*b .. i*b + b - 1 of its stream, least significant first. Where b divides 8,
+neighbouring bytes are folded into one until it is full, which halves the data at each step. For other b eight
+codes at a time are squeezed inside one 64-bit word, in three steps that each halve the gaps. Either way
+packing costs a few integer operations for eight codes on every device. (Bytes are taken from words as a
+little-endian machine holds them.)
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.new_empty(*codes.shape[:-1], packed_bytes(n, bits)) if bits < 8 else codes.contiguous()
     if n % 8:
         codes = pad(codes, (0, -n % 8))
+    if 8 % bits == 0:
+        return (
+            _fold(_aligned(codes), bits)
+            .view(*codes.shape[:-1], -1)[..., : packed_bytes(n, bits)]
+            .contiguous()
+        )
     word = _aligned(codes).view(torch.int64) & _mask(bits, 8)
     for width in (8, 16, 32):
         held = bits * width // 8
@@ -77,6 +84,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         )
     if bits == 8 or not packed.numel():
         return packed.new_empty(*packed.shape[:-1], n) if bits < 8 else packed.contiguous()
+    if 8 % bits == 0:
+        return _unfold(packed, bits)[..., :n].contiguous()
     if packed.shape[-1] % bits:
         packed = pad(packed, (0, -packed.shape[-1] % bits))
     word = torch.zeros(packed.numel() // bits, dtype=torch.int64, device=packed.device)
@@ -87,6 +96,26 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         high = (word << (width - held)).bitwise_and_(_mask(held, 2 * width) << width)
         word.bitwise_and_(_mask(held, 2 * width)).bitwise_or_(high)
     return word.view(torch.uint8).view(*packed.shape[:-1], -(-n // 8) * 8)[..., :n].contiguous()
+
+
+def _fold(codes: Tensor, bits: int) -> Tensor:
+    """The packed bytes of a row of codes, bits in (1, 2, 4)."""
+    codes = codes & ((1 << bits) - 1)
+    while bits < 8:
+        pairs = codes.view(torch.int16)
+        codes = (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8)  # which keeps the low byte
+        bits *= 2
+    return codes
+
+
+def _unfold(packed: Tensor, bits: int) -> Tensor:
+    """The codes of packed bytes, bits in (1, 2, 4), along the last axis."""
+    for held in (4, 2, 1):
+        if held >= bits:
+            pairs = packed.to(torch.int16, memory_format=torch.contiguous_format)
+            pairs.bitwise_or_(pairs << (8 - held)).bitwise_and_(_mask(held, 8) & 0xFFFF)
+            packed = pairs.view(torch.uint8)
+    return packed
 
 
 def _used(word: Tensor, bits: int) -> Tensor:
