@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turboquant.codebook import codebook
-from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, SplitQuantizer
 from turboquant.packing import unpack
+from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, SplitQuantizer
 from turboquant.rotation import make_rotation
 
 pytestmark = pytest.mark.gpu
