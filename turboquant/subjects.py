@@ -16,7 +16,15 @@ from torch import Tensor
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, Quantizer, quantizer_of
 from turboquant.rotation import make_rotation
 
-__all__ = ["FaissSubject", "OurSubject", "VectorSubject", "available", "resolve"]
+__all__ = [
+    "CacheSubject",
+    "FaissSubject",
+    "OurSubject",
+    "VectorSubject",
+    "available",
+    "resolve",
+    "resolve_cache",
+]
 
 Kind = Literal["mse", "prod"]
 ENTRY_POINTS = "turboquant.subjects"
@@ -47,6 +55,28 @@ class VectorSubject(Protocol):
 
     def nbytes(self, codes: Any) -> int:
         """Bytes really held for these n vectors, shared tables left out."""
+
+
+class CacheSubject(Protocol):
+    """A compressed KV cache under test; a plain class with these members is enough.
+
+    Attributes:
+        name: Shown in the report.
+    """
+
+    name: str
+
+    def make_cache(
+        self, config: Any, *, key_bits: float, value_bits: float, window: int, seed: int, device: torch.device
+    ) -> Any:
+        """An empty transformers `Cache` for a model of this configuration.
+
+        Its `update` takes and returns tensors (B, kv_heads, tokens, head_dim) in the model's type; bits are
+        nominal, a coordinate; `window` newest tokens may stay raw; the seed picks rotations and sketches.
+        """
+
+    def stored_bytes(self, cache: Any) -> int:
+        """Bytes that a filled cache stores: codes, norms, scales, raw tokens."""
 
 
 class OurSubject:
@@ -190,6 +220,32 @@ def resolve(name: str) -> list[VectorSubject]:
         f"unknown subject {name!r}{hint}. Known are {', '.join(available())}; "
         "or give your own as package.module:factory"
     )
+
+
+def resolve_cache(name: str) -> CacheSubject:
+    """The cache subject that a name stands for.
+
+    Args:
+        name: "package.module:factory", whose factory takes no argument and returns a `CacheSubject`.
+
+    Returns:
+        The subject.
+
+    Raises:
+        ValueError: If it cannot be imported, or what it makes is no cache subject.
+    """
+    module, colon, factory = name.partition(":")
+    if not (colon and module and factory):
+        raise ValueError(f"a cache subject is given as package.module:factory, not {name!r}")
+    subject = _called(name, lambda: getattr(importlib.import_module(module), factory))
+    missing = [m for m in ("make_cache", "stored_bytes") if not callable(getattr(subject, m, None))]
+    if missing:
+        raise ValueError(
+            f"cache subject {name!r} ({type(subject).__name__}) has no method {', '.join(missing)}"
+        )
+    if not isinstance(getattr(subject, "name", None), str):
+        raise ValueError(f"cache subject {name!r} must have a `name` (str)")
+    return cast(CacheSubject, subject)
 
 
 def _called(name: str, load: Callable[[], Any]) -> object:

@@ -1,0 +1,176 @@
+"""Which caches stand side by side in an evaluation? Arms, by short names: exact, fp8, int4, kivi2.
+
+An arm makes an empty transformers cache for a model and says what it stores. Rivals come from
+`turboquant.rival_caches`, anyone's from a `turboquant.subjects.CacheSubject`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from turboquant import rival_caches
+from turboquant.evals.guards import Law, reachable_bytes
+from turboquant.subjects import resolve_cache
+
+__all__ = ["EXAMPLES", "WINDOW", "Arm", "arm", "arms"]
+
+WINDOW = 128
+"""Newest tokens that every compressing arm keeps raw, unless asked otherwise."""
+
+EXAMPLES = (
+    "exact",
+    "fp8",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "int3g32",
+    "kivi2",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """A way to hold a KV cache.
+
+    Attributes:
+        name: Short, as `arm` takes it.
+        key_bits: Nominal bits of a key coordinate: codes alone, without norms, scales and window.
+        value_bits: The same of a value coordinate.
+        window: Newest tokens kept raw.
+        sinks: First tokens kept raw.
+        compresses: False for the uncompressed baseline.
+        laws: What keys and values are held to by `turboquant.evals.guards.check_law`.
+        least_bits: The fewest bits of any part of a vector.
+        make: (config, seed, device, dtype) to an empty cache.
+        count: A filled cache to the bytes that it stores.
+    """
+
+    name: str
+    key_bits: float
+    value_bits: float
+    window: int
+    make: Callable[[Any, int, torch.device, torch.dtype], Cache]
+    count: Callable[[Cache], int]
+    sinks: int = 0
+    compresses: bool = True
+    laws: tuple[Law | None, Law | None] = (None, None)
+    least_bits: int = 0
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a coordinate, keys and values together."""
+        return (self.key_bits + self.value_bits) / 2
+
+    def make_cache(self, config: Any, *, seed: int, device: torch.device, dtype: torch.dtype) -> Cache:
+        """An empty cache for a model.
+
+        Args:
+            config: The model's configuration.
+            seed: Picks rotations and sketches, if there are any.
+            device: Where the model is.
+            dtype: What it computes in.
+        """
+        return self.make(config, seed, device, dtype)
+
+    def stored_bytes(self, cache: Cache) -> int:
+        """Bytes that a filled cache stores for its full-attention layers."""
+        return self.count(cache)
+
+
+def arms(names: Sequence[str], *, window: int | None = None) -> list[Arm]:
+    """Arms by their names; "exact", which the others are compared with, is put first if it is missing.
+
+    Args:
+        names: As `arm` takes them.
+        window: Newest tokens kept raw; None for 128, or a profile's own.
+
+    Returns:
+        The arms, each name once.
+    """
+    wanted = dict.fromkeys(names)
+    return [arm(name, window=window) for name in ({} if "exact" in wanted else {"exact": None}) | wanted]
+
+
+def arm(name: str, *, window: int | None = None) -> Arm:
+    """An arm by its name.
+
+    Args:
+        name: "exact"; "fp8" (e4m3, a scale a token); "int4" (absmax integers of 2 to 8 bits, a scale a
+            token), "int3g32" (a scale for 32 coordinates: 3.5 bits in all); "kivi2" (KIVI, 1 to 8 bits);
+            or "package.module:factory@4" or "...@k4v2", someone's `CacheSubject` and its bits.
+        window: Newest tokens kept raw; None for 128, or a profile's own.
+
+    Returns:
+        The arm.
+
+    Raises:
+        ValueError: If there is no such arm.
+    """
+    kept = WINDOW if window is None else window
+    if kept < 0:
+        raise ValueError(f"window must be 0 or more tokens, not {window}")
+    if name == "exact":
+        return Arm(
+            name,
+            16,
+            16,
+            0,
+            lambda config, *_: DynamicCache(config=config),
+            _full_attention_bytes,
+            compresses=False,
+        )
+    if name == "fp8":
+        return _codecs(name, 8, kept, rival_caches.Fp8(), rival_caches.Fp8())
+    if found := re.fullmatch(r"int([2-8])(?:g(\d+))?", name):
+        bits, group = int(found[1]), int(found[2]) if found[2] else None
+        return _codecs(name, bits, kept, rival_caches.Int(bits, group), rival_caches.Int(bits, group))
+    if found := re.fullmatch(r"kivi([1-8])", name):
+        bits = int(found[1])
+        return _codecs(name, bits, kept, rival_caches.KiviKeys(bits), rival_caches.KiviValues(bits))
+    if found := re.fullmatch(r"(.+:.+)@(?:([\d.]+)|k([\d.]+)v([\d.]+))", name):
+        return _subject(name, found[1], float(found[2] or found[3]), float(found[2] or found[4]), kept)
+    near = difflib.get_close_matches(name, EXAMPLES, n=1)
+    hint = f"; did you mean {near[0]!r}" if near else ""
+    raise ValueError(
+        f"unknown arm {name!r}{hint}. Known are {', '.join(EXAMPLES)} and the like, "
+        "and your own as package.module:factory@BITS"
+    )
+
+
+def _codecs(
+    name: str, bits: float, window: int, keys: rival_caches.TokenCodec, values: rival_caches.TokenCodec
+) -> Arm:
+    return Arm(
+        name,
+        bits,
+        bits,
+        window,
+        lambda config, *_: rival_caches.codec_cache(config, keys, values, window=window),
+        _full_attention_bytes,
+    )
+
+
+def _full_attention_bytes(cache: Cache) -> int:
+    """Bytes held by the layers that compression is about, codes, scales and raw tokens."""
+    kinds = (DynamicLayer, rival_caches.CodecLayer)
+    return reachable_bytes([layer for layer in cache.layers if type(layer) in kinds])
+
+
+def _subject(name: str, factory: str, key_bits: float, value_bits: float, window: int) -> Arm:
+    subject = resolve_cache(factory)
+
+    def make(config: Any, seed: int, device: torch.device, _: torch.dtype) -> Cache:
+        cache: Cache = subject.make_cache(
+            config, key_bits=key_bits, value_bits=value_bits, window=window, seed=seed, device=device
+        )
+        return cache
+
+    return Arm(name, key_bits, value_bits, window, make, subject.stored_bytes)
