@@ -1,0 +1,91 @@
+"""Where does each code lie inside a block of 32 tokens? The only file that knows.
+
+A block holds 32 tokens of `width` coordinates at `bits` bits in width * bits int32 words, no bit unused. A
+width in bits that is no power of two is stored as pieces that are: 3 bits are a 2-bit and a 1-bit piece. A
+piece of p bits is 4p rows of `width` bytes; row k, bits p*m .. p*m + p - 1 belong to token 4p*m + k. So both
+directions are byte operations on whole rows, and one code can be rewritten without touching its neighbours.
+(Words hold their bytes as a little-endian machine does.)
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "Side", "pack", "unpack", "words_per_block"]
+
+BLOCK = 32
+"""Tokens a block."""
+
+Side = Literal["key", "value"]
+
+
+def words_per_block(width: int, bits: int) -> int:
+    """int32 words of one block of 32 tokens."""
+    return width * bits
+
+
+def pack(codes: Tensor, bits: int, side: Side) -> Tensor:
+    """Pack blocks of codes.
+
+    Args:
+        codes: (..., 32, width) uint8, each below 2^bits; higher bits are dropped.
+        bits: Bits a code, 1..8.
+        side: Whether the codes are of keys or of values, which may be laid out differently.
+
+    Returns:
+        (..., width * bits) int32, contiguous.
+    """
+    width = codes.shape[-1]
+    rows = []
+    below = bits
+    for piece in _pieces(bits):
+        below -= piece
+        # (..., 8/p, 4p, width): the first of these axes is the place inside a byte.
+        split = (
+            (codes >> below)
+            .bitwise_and_((1 << piece) - 1)
+            .reshape(*codes.shape[:-2], 8 // piece, 4 * piece, width)
+        )
+        packed = split[..., 0, :, :].clone()
+        for place in range(1, 8 // piece):
+            packed |= split[..., place, :, :] << (piece * place)
+        rows.append(packed)
+    octets = torch.cat(rows, dim=-2) if len(rows) > 1 else rows[0]
+    lead = codes.shape[:-2]
+    return octets.reshape(*lead, words_per_block(width, bits) * 4).view(torch.int32)
+
+
+def unpack(words: Tensor, bits: int, width: int, side: Side) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        words: (..., width * bits) int32.
+        bits: Bits a code, 1..8.
+        width: Coordinates a token.
+        side: As given to `pack`.
+
+    Returns:
+        (..., 32, width) uint8, contiguous.
+    """
+    octets = words.contiguous().view(torch.uint8).view(*words.shape[:-1], 4 * bits, width)
+    codes: Tensor | None = None
+    row = 0
+    for piece in _pieces(bits):
+        held = octets[..., row : row + 4 * piece, :]
+        row += 4 * piece
+        places = [(held >> (piece * place)) for place in range(8 // piece)]
+        found = torch.cat(places, dim=-2) if len(places) > 1 else held.clone()
+        if piece < 8:
+            found &= (1 << piece) - 1
+        codes = found if codes is None else (codes << piece).bitwise_or_(found)
+    if codes is None:
+        raise ValueError(f"bits must be in 1..8, not {bits}")
+    return codes
+
+
+def _pieces(bits: int) -> list[int]:
+    """Powers of two that sum to bits, largest first."""
+    return [piece for piece in (8, 4, 2, 1) if bits & piece]

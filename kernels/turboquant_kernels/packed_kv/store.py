@@ -1,0 +1,557 @@
+"""What does one layer of a compressed cache hold, and how does a token pass through it?
+
+A token enters the recent window raw; when it is no longer one of the W newest it is encoded, once, into the
+block of 32 that its number belongs to. The first `sinks` tokens of each row are also kept raw. Token t of
+every row is the same column: rows that are padded on the left have their first token at `first`, the number
+of padding tokens.
+
+With a `capacity` all tensors are allocated once and the length is a tensor on the device, so that an update
+has the same addresses and shapes each time and can be captured in a graph. Without it they grow.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from turboquant_kernels.packed_kv.codec import Codec, Term
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack, unpack, words_per_block
+
+__all__ = ["FP16_MAX", "Half", "PackedKV", "Reading", "Rule"]
+
+Rule = Literal["codes", "raw"]
+Length = int | Tensor
+
+FP16_MAX = 65504.0
+_ENCODED_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}  # coordinates; bounds the temporaries of a long prefill
+
+
+@dataclass(eq=False)
+class Half:
+    """The keys, or the values, of a layer.
+
+    Attributes:
+        codec: What made the codes.
+        side: Which half it is, for the layout.
+        words: Of each run, (B, G, blocks, width * bits) int32.
+        scales: (B, G, blocks * 32) fp16 each.
+        recent: (B, G, W, D): token t lies in row t mod W.
+        sinks: (B, G, sinks, D): the first tokens of each row.
+    """
+
+    codec: Codec
+    side: Side
+    words: list[Tensor]
+    scales: list[Tensor]
+    recent: Tensor
+    sinks: Tensor
+
+    def terms(self, start: int, stop: int) -> list[Term]:
+        """Tokens start..stop - 1 decoded; start is a multiple of 32."""
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        codes = []
+        for (width, bits), words in zip(self.codec.runs, self.words, strict=True):
+            held = unpack(words[:, :, blocks], bits, width, self.side)  # (B, G, blocks, 32, width)
+            codes.append(held.flatten(2, 3)[:, :, : stop - start])
+        return self.codec.terms(codes, [numbers[:, :, start:stop] for numbers in self.scales])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is held, tables included."""
+        yield from (*self.words, *self.scales, self.recent, self.sinks)
+        yield from self.codec.tensors()
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Half:
+        """The same half with every tensor but the tables changed."""
+        return Half(
+            self.codec,
+            self.side,
+            [change(words) for words in self.words],
+            [change(numbers) for numbers in self.scales],
+            change(self.recent),
+            change(self.sinks),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What the queries of one forward may read: a view of the storage, and the raw tokens that go with it.
+
+    Queries are the tokens before .. before + queries - 1. Of the tokens that they may see, sinks are read
+    raw; of the others, those below `raw_start` from codes. The rest is raw too, under the rule "raw"; under
+    "codes" a query reads those raw that are less than `window` tokens back, and the others from codes.
+
+    Attributes:
+        keys: The keys' codes, tables and sinks.
+        values: The values'.
+        raw_keys: (B, G, R, D): raw tokens, the recent window and (of several new tokens) the new ones.
+        raw_values: As `raw_keys`.
+        raw_tokens: (R,) int64: their numbers; those below `raw_start` are void.
+        raw_start: The first token that has a raw copy in them.
+        held: Raw rows before the first query's own; None if rows are in the order of the window's storage, as
+            for a single new token.
+        before: Tokens before the first query.
+        queries: New tokens.
+        encoded: Tokens that have codes: all below this.
+        window: W.
+        first: (B,) padding tokens of each row, or None.
+        sinks: Tokens of each row, from its first on, that are read raw.
+        rule: "codes" or "raw".
+    """
+
+    keys: Half
+    values: Half
+    raw_keys: Tensor
+    raw_values: Tensor
+    raw_tokens: Tensor
+    raw_start: Length
+    held: int | None
+    before: Length
+    queries: int
+    encoded: Length
+    window: int
+    first: Tensor | None
+    sinks: int
+    rule: Rule
+
+    @property
+    def coded_end(self) -> int:
+        """A bound of the tokens that have codes, known on the host."""
+        return self.encoded if isinstance(self.encoded, int) else self.keys.scales[0].shape[-1]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, before + queries, D), all decoded: what codes save, spent."""
+        start, tokens = int(self.raw_start), int(self.before) + self.queries
+        kept = (self.raw_tokens >= start).nonzero()[:, 0]
+        halves = []
+        for half, raw in ((self.keys, self.raw_keys), (self.values, self.raw_values)):
+            out = raw.new_empty(*raw.shape[:2], tokens, raw.shape[-1])
+            step = 64 * BLOCK
+            for i in range(0, start, step):
+                part = slice(i, min(i + step, start))
+                terms = half.terms(part.start, part.stop)
+                rows = [(term.coefficients * term.factors[..., None])[:, :, None] for term in terms]
+                out[:, :, part] = half.codec.restore(rows)[:, :, 0].to(out.dtype)
+            out.index_copy_(2, self.raw_tokens[kept], raw.index_select(2, kept))
+            if self.sinks:
+                first = self.raw_tokens.new_zeros(raw.shape[0]) if self.first is None else self.first
+                place = first[:, None] + torch.arange(self.sinks, device=raw.device)
+                row, sink = (place < tokens).nonzero(as_tuple=True)
+                out[row, :, place[row, sink]] = half.sinks[row, :, sink]
+            halves.append(out)
+        return halves[0], halves[1]
+
+
+class PackedKV:
+    """The only storage of a layer's keys and values.
+
+    Args:
+        keys: Codec of the keys.
+        values: Codec of the values.
+        window: The W newest tokens are raw; 0 encodes each at once.
+        sinks: So many first tokens of each row stay raw.
+        capacity: Tokens to allocate for; None grows.
+
+    Raises:
+        ValueError: If a number is negative.
+    """
+
+    def __init__(
+        self, keys: Codec, values: Codec, *, window: int, sinks: int = 0, capacity: int | None = None
+    ) -> None:
+        if window < 0 or sinks < 0 or (capacity is not None and capacity < 1):
+            raise ValueError(
+                f"window and sinks must be at least 0 and capacity at least 1, not {window}, {sinks}, "
+                f"{capacity}"
+            )
+        self.window = window
+        self.sinks = sinks
+        self.capacity = capacity
+        self.first: Tensor | None = None
+        self.length: Length = 0
+        self.encoded: Length = 0
+        self._codecs = (keys, values)
+        self._halves: tuple[Half, Half] | None = None
+        self._padding = (0, 0)  # the least and the most of `first`, known on the host
+
+    @property
+    def keys(self) -> Half:
+        """The keys' half, once the first tokens were seen."""
+        return self._both()[0]
+
+    @property
+    def values(self) -> Half:
+        """The values' half, once the first tokens were seen."""
+        return self._both()[1]
+
+    @property
+    def allocated(self) -> bool:
+        """Whether tokens, or `allocate`, were seen."""
+        return self._halves is not None
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether codes depend on other tokens, through the choice of outlier channels."""
+        return any(codec.data_dependent for codec in self._codecs)
+
+    def storages(self) -> dict[int, int]:
+        """Bytes of each storage that is held, tables included, by its address."""
+        found = [] if self._halves is None else [t for half in self._halves for t in half.tensors()]
+        found += [t for t in (self.first, self.length, self.encoded) if isinstance(t, Tensor)]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages that are held, tables included."""
+        return sum(self.storages().values())
+
+    def allocate(self, batch: int, heads: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make the tensors for a batch; `update` does it by itself.
+
+        Args:
+            batch: Rows B.
+            heads: KV heads G.
+            dtype: Of raw tokens.
+            device: Of everything.
+        """
+        tokens = 0 if self.capacity is None else max(self.capacity - self.window, 1)
+        blocks = -(-tokens // BLOCK)
+        sides: tuple[Side, Side] = ("key", "value")
+        halves = []
+        for codec, side in zip(self._codecs, sides, strict=True):
+            raw = [
+                torch.zeros(batch, heads, rows, codec.dim, dtype=dtype, device=device)
+                for rows in (self.window, self.sinks)
+            ]
+            words = [
+                torch.zeros(
+                    batch, heads, blocks, words_per_block(width, bits), dtype=torch.int32, device=device
+                )
+                for width, bits in codec.runs
+            ]
+            scales = [
+                torch.zeros(batch, heads, blocks * BLOCK, dtype=torch.float16, device=device)
+                for _ in range(codec.scales)
+            ]
+            halves.append(Half(codec.to(device), side, words, scales, *raw))
+        self._halves = (halves[0], halves[1])
+        if self.capacity is not None:
+            self.length = torch.zeros((), dtype=torch.int64, device=device)
+            self.encoded = torch.zeros((), dtype=torch.int64, device=device)
+
+    def pad(self, first: Tensor | None) -> None:
+        """State the padding before the first tokens come.
+
+        Args:
+            first: (B,) int64: padding tokens on the left of each row; None for none.
+
+        Raises:
+            ValueError: If tokens are held already.
+        """
+        if int(self.length):
+            raise ValueError("padding can only be stated before the first tokens: reset the cache first")
+        self.first = first
+        self._padding = (0, 0) if first is None else (int(first.min()), int(first.max()))
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, values: Tensor, rule: Rule = "codes") -> Reading:
+        """Take new tokens in.
+
+        Args:
+            keys: (B, G, n, D) of the dtype and device of the first ones.
+            values: (B, G, n, D).
+            rule: What queries of several new tokens may read (see `Reading`).
+
+        Returns:
+            What the new tokens' queries may read, valid until the next update.
+
+        Raises:
+            ValueError: If shapes, dtype or device do not suit what is held, if the capacity is exceeded, or
+                if a norm of several new tokens exceeds the fp16 range. (A single new token is not checked, as
+                that would wait for the device; such a vector, as any that is not finite, decodes to NaN.)
+        """
+        self._check(keys, values)
+        count, before, window = keys.shape[2], self.length, self.window
+        new = (keys, values)
+        if isinstance(before, Tensor):
+            before = before.clone()
+            self._fit_by_capacity(new)
+        if self.sinks:
+            self._keep_sinks(new, before)
+        raw_start: Length
+        if count == 1 and window:
+            for half, token in zip(self._both(), new, strict=True):
+                slot = _row(before % window, half.recent)
+                leaving = half.recent.index_select(2, slot)
+                if isinstance(before, Tensor) or before - window >= self.encoded:
+                    self._encode(half, leaving, before - window)
+                half.recent.index_copy_(2, slot, token)
+            self._advance(count)
+            raw = (self.keys.recent, self.values.recent)
+            slots = torch.arange(window, device=keys.device)
+            tokens = before - (before - slots) % window
+            raw_start, held = _copy(self.encoded), None
+        else:
+            raw_start = _copy(self.encoded)
+            held = (
+                window if isinstance(before, Tensor) or isinstance(raw_start, Tensor) else before - raw_start
+            )
+            tokens = torch.arange(held + count, device=keys.device) + (before - held)
+            leave = count if isinstance(before, Tensor) else max(0, held + count - window)
+            found = []
+            for half, token in zip(self._both(), new, strict=True):
+                rows = token
+                if held:
+                    rows = torch.cat([half.recent.index_select(2, tokens[:held] % window), token], dim=2)
+                if leave:
+                    self._encode(half, rows[:, :, :leave], before - held)
+                if window:
+                    half.recent.index_copy_(2, tokens[-window:] % window, rows[:, :, -window:])
+                found.append(rows)
+            raw = (found[0], found[1])
+            self._advance(count)
+        return Reading(
+            keys=copy.copy(self.keys),
+            values=copy.copy(self.values),
+            raw_keys=raw[0],
+            raw_values=raw[1],
+            raw_tokens=tokens,
+            raw_start=raw_start,
+            held=held,
+            before=before,
+            queries=count,
+            encoded=_copy(self.encoded),
+            window=window,
+            first=self.first,
+            sinks=self.sinks,
+            rule="codes" if count == 1 else rule,  # one new token is a decoding step, under either rule
+        )
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens; nothing is encoded again, so some of the window may have to refill.
+
+        Args:
+            tokens: How many to forget.
+
+        Raises:
+            ValueError: If there are fewer.
+        """
+        if isinstance(self.length, Tensor) and isinstance(self.encoded, Tensor):
+            self.length.sub_(tokens).clamp_(min=0)
+            self.encoded.copy_(torch.minimum(self.encoded, self.length))
+            return
+        if not 0 <= tokens <= self.length:
+            raise ValueError(f"cannot remove {tokens} of {self.length} tokens")
+        self.length -= tokens
+        self.encoded = min(self.encoded, self.length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order.
+
+        Args:
+            rows: (n,) int64 row numbers (any may repeat), or (B,) bool.
+        """
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        self._map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row of the batch, its copies side by side."""
+        self._map(lambda t: t.repeat_interleave(times, dim=0))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same contents on another device, bit for bit; itself if it is there already."""
+        if self._halves is not None and self._halves[0].recent.device == torch.device(device):
+            return self
+        moved = copy.copy(self)
+        moved._codecs = (self._codecs[0].to(device), self._codecs[1].to(device))
+        moved.length, moved.encoded = _moved(self.length, device), _moved(self.encoded, device)
+        moved._map(lambda t: t.to(device))
+        if moved._halves is not None:
+            for half in moved._halves:
+                half.codec = half.codec.to(device)
+        return moved
+
+    def reset(self) -> None:
+        """Forget all tokens and what was learned from them."""
+        self.first, self._padding = None, (0, 0)
+        if isinstance(self.length, Tensor) and isinstance(self.encoded, Tensor):
+            self.length.zero_()
+            self.encoded.zero_()
+            for half, codec in zip(self._both(), self._codecs, strict=True):
+                half.codec = codec.to(half.recent.device)
+            return
+        self._halves = None
+        self.length = self.encoded = 0
+
+    def _both(self) -> tuple[Half, Half]:
+        if self._halves is None:
+            raise ValueError("nothing is stored yet: the first `update` allocates")
+        return self._halves
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        for name, x, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
+            if x.ndim != 4 or x.shape[-1] != codec.dim or x.shape[2] == 0:
+                raise ValueError(
+                    f"{name} must have shape (batch, kv heads, tokens, {codec.dim}) with at least one token, "
+                    f"not {tuple(x.shape)}"
+                )
+        if self._halves is None:
+            self.allocate(keys.shape[0], keys.shape[1], dtype=keys.dtype, device=keys.device)
+        recent = self.keys.recent
+        for name, x in (("keys", keys), ("values", values)):
+            if x.dtype != recent.dtype or x.device != recent.device:
+                raise ValueError(
+                    f"this cache holds {recent.dtype} on {recent.device}; {name} are {x.dtype} on "
+                    f"{x.device}: "
+                    f"use one dtype and device, or move the cache with `to`"
+                )
+            if x.shape[:2] != recent.shape[:2]:
+                raise ValueError(
+                    f"this cache holds {recent.shape[0]} rows of {recent.shape[1]} heads; {name} have "
+                    f"{x.shape[0]} of {x.shape[1]}"
+                )
+        if self.first is not None and len(self.first) != keys.shape[0]:
+            raise ValueError(f"padding was stated for {len(self.first)} rows; keys have {keys.shape[0]}")
+        if self.capacity is None:
+            return
+        if keys.shape[2] > 1:
+            if int(self.length) + keys.shape[2] > self.capacity:
+                raise ValueError(
+                    f"{int(self.length)} tokens and {keys.shape[2]} new ones exceed the capacity of "
+                    f"{self.capacity}: make the cache with a larger capacity, or without one"
+                )
+        elif isinstance(self.length, Tensor):
+            # No waiting for the device in a decoding step; it reports by itself.
+            torch._assert_async(self.length < self.capacity, f"the capacity of {self.capacity} is exceeded")
+
+    def _advance(self, count: int) -> None:
+        if isinstance(self.length, Tensor) and isinstance(self.encoded, Tensor):
+            self.length.add_(count)
+            self.encoded.copy_(torch.maximum(self.encoded, self.length - self.window))
+        else:
+            self.length += count
+            self.encoded = max(self.encoded, self.length - self.window)
+
+    def _keep_sinks(self, new: tuple[Tensor, Tensor], before: Length) -> None:
+        if isinstance(before, int) and before >= self.sinks + self._padding[1]:
+            return
+        place = torch.arange(self.sinks, device=new[0].device)[None] - before
+        if self.first is not None:
+            place = place + self.first[:, None]
+        fresh = ((place >= 0) & (place < new[0].shape[2]))[:, None, :, None]
+        place = place.clamp(0, new[0].shape[2] - 1)[:, None, :, None]
+        for half, tokens in zip(self._both(), new, strict=True):
+            found = tokens.gather(2, place.expand(*tokens.shape[:2], -1, tokens.shape[-1]))
+            half.sinks.copy_(torch.where(fresh, found, half.sinks))
+
+    def _encode(self, half: Half, x: Tensor, start: Length) -> None:
+        """Encode tokens start, start + 1, ... but not again those that have codes, nor sinks."""
+        if isinstance(start, int):
+            self._reserve(half, start + x.shape[2])
+            # Sinks are never read from codes, and must not decide which channels are outliers.
+            skip = max(0, self._padding[0] + self.sinks - start)
+            x, start = x[:, :, skip:], start + skip
+            if x.shape[2] == 0:
+                return
+            self._fit(half, x, start)
+        batch, heads, count, dim = x.shape
+        at_once = _ENCODED_AT_ONCE.get(x.device.type, 1 << 22) // (batch * heads * dim)
+        at_once = max(BLOCK, at_once // BLOCK * BLOCK)
+        for i in range(0, count, at_once):
+            codes, scales = half.codec.encode(x[:, :, i : i + at_once])
+            if isinstance(start, int) and count > 1 and any(bool(torch.isinf(s).any()) for s in scales):
+                raise ValueError(
+                    f"the norm of a {half.side} is infinite or exceeds {FP16_MAX:.0f}, the largest that fp16 "
+                    f"can store: scale the {half.side}s down, or keep this layer uncompressed"
+                )
+            self._write(half, codes, scales, start + i)
+
+    def _fit(self, half: Half, x: Tensor, start: int) -> None:
+        """Let the codec learn from tokens start, start + 1, ... without padding and sinks."""
+        if half.codec.fitted:
+            return
+        tokens = torch.arange(x.shape[2], device=x.device)[None] + (start - self.sinks)
+        first = tokens.new_zeros(x.shape[0]) if self.first is None else self.first
+        half.codec.fit(x, tokens >= first[:, None])
+
+    def _fit_by_capacity(self, new: tuple[Tensor, Tensor]) -> None:
+        """As the lengths are on the device, the first update decides, before anything is encoded."""
+        for half, x in zip(self._both(), new, strict=True):
+            if half.codec.fitted:
+                continue
+            count, kept = x.shape[2], self._padding[1] + self.sinks
+            if count <= kept + 1:
+                raise ValueError(
+                    f"with a capacity, outlier channels are chosen from the first update: let it bring more "
+                    f"than {kept + 1} tokens"
+                )
+            self._fit(half, x[:, :, : count - self.window if count - self.window > kept else count], 0)
+
+    def _reserve(self, half: Half, tokens: int) -> None:
+        """Make room for so many tokens' codes: what they need, or a few per cent more than there was."""
+        blocks, held = -(-tokens // BLOCK), half.scales[0].shape[2] // BLOCK
+        if blocks <= held:
+            return
+        if held:
+            blocks = max(blocks, held + held // 32)
+        half.words = [_grown(words, blocks) for words in half.words]
+        half.scales = [_grown(numbers, blocks * BLOCK) for numbers in half.scales]
+
+    def _write(self, half: Half, codes: list[Tensor], scales: list[Tensor], start: Length) -> None:
+        """Put codes in their places; their neighbours in a block keep theirs, bit by bit."""
+        count = codes[0].shape[2]
+        base: Length
+        if isinstance(start, Tensor):
+            held = half.scales[0].shape[2] // BLOCK
+            blocks = min(held, (count + BLOCK - 2) // BLOCK + 1)
+            base = (start // BLOCK).clamp(0, held - blocks)
+        else:
+            base = start // BLOCK
+            blocks = -(-(start + count) // BLOCK) - base
+        device = codes[0].device
+        places = torch.arange(blocks, device=device) + base
+        tokens = torch.arange(blocks * BLOCK, device=device) + base * BLOCK
+        source = tokens - start
+        fresh = (source >= 0) & (source < count) & (tokens >= self.encoded)
+        source = source.clamp(0, count - 1)
+        for i, ((width, bits), found) in enumerate(zip(half.codec.runs, codes, strict=True)):
+            words = half.words[i]
+            old = unpack(words.index_select(2, places), bits, width, half.side)
+            new = found.index_select(2, source).view(old.shape)
+            merged = torch.where(fresh.view(blocks, BLOCK, 1), new, old)
+            words.index_copy_(2, places, pack(merged, bits, half.side))
+        for numbers, found in zip(half.scales, scales, strict=True):
+            merged = torch.where(fresh, found.index_select(2, source), numbers.index_select(2, tokens))
+            numbers.index_copy_(2, tokens, merged)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._halves is not None:
+            self._halves = (self._halves[0].mapped(change), self._halves[1].mapped(change))
+        if self.first is not None:
+            self.first = change(self.first)
+
+
+def _row(number: Length, like: Tensor) -> Tensor:
+    """A row number as an index, without waiting for the device."""
+    if isinstance(number, Tensor):
+        return number.view(1)
+    return torch.full((1,), number, dtype=torch.int64, device=like.device)
+
+
+def _copy(length: Length) -> Length:
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def _moved(length: Length, device: torch.device | str) -> Length:
+    return length.to(device) if isinstance(length, Tensor) else length
+
+
+def _grown(tensor: Tensor, size: int) -> Tensor:
+    grown = tensor.new_zeros(*tensor.shape[:2], size, *tensor.shape[3:])
+    grown[:, :, : tensor.shape[2]] = tensor
+    return grown
