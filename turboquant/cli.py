@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +96,51 @@ def decode(
     _out.print(f"{vectors}: float32 {tuple(x.shape)}", highlight=False)
 
 
+@app.command(epilog="Example: turboquant memory needle --contexts 8192,32768 --profile 3.5 --profile 2.5")
+def memory(
+    model: Annotated[str, typer.Argument(help="needle, a model's folder, or its config.json.")] = "needle",
+    *,
+    profile: Annotated[list[str], typer.Option(help="Profile of the cache (repeatable).")] = ["3.5"],  # noqa: B006
+    contexts: Annotated[str, typer.Option(help="Tokens of a row, separated by commas.")] = "32768",
+    batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1",
+    weight_bits: Annotated[float, typer.Option(help="Bits of a weight; 0 leaves the weights out.")] = 16.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line instead of a table.")
+    ] = False,
+) -> None:
+    """Show what a model's cache takes, compressed and not, alone and with the weights."""
+    from turboquant import needle
+    from turboquant.memory import cache_memory, read_config
+
+    names = ("nominal", "effective", "stored")
+    table = Table(
+        "profile", "context", "batch", "bits: nominal", "effective", "stored", "cache MiB", "stored MiB"
+    )
+    for heading in ("cache ratio", "model MiB", "with stored", "total ratio"):
+        table.add_column(heading)
+    with _errors():
+        config = needle.config() if model == "needle" else read_config(model)
+        for name, context, batch in itertools.product(profile, _counts(contexts), _counts(batches)):
+            found = cache_memory(config, name, context=context, batch=batch, weight_bits=weight_bits or None)
+            if as_json:
+                told = {"profile": name} | dataclasses.asdict(found)
+                told |= {f"{count}_bits": found.bits(count) for count in names}
+                print(json.dumps(told | {"cache_ratio": found.ratio(), "total_ratio": found.total_ratio}))
+                continue
+            sizes = (found.raw + found.other, found.stored + found.other, found.before, found.after)
+            whole, stored, before, after = (f"{size / 2**20:,.1f}" for size in sizes)
+            bits = [f"{found.bits(count):.3f}" for count in names]
+            ratios = f"{found.ratio():.2f}", f"{found.total_ratio:.2f}"
+            table.add_row(
+                name, f"{context:,}", str(batch), *bits, whole, stored, ratios[0], before, after, ratios[1]
+            )
+    if not as_json:
+        _out.print(table)
+        _out.print(
+            "Bits and cache ratio are of the full-attention layers; 16 is uncompressed.", highlight=False
+        )
+
+
 @app.command("subjects", epilog="Example: turboquant subjects")
 def list_subjects() -> None:
     """List the implementations that claims can be run on by name."""
@@ -116,6 +164,17 @@ def _errors() -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _counts(text: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise ValueError(f"{text!r} must be whole numbers of at least 1, separated by commas: 8192,32768")
+    return counts
 
 
 def _read(path: Path) -> Tensor:

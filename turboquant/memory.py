@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from turboquant.profiles import Profile
+    from turboquant_kernels.packed_kv import VectorCodec
+
 __all__ = [
     "BF16_BITS",
     "GIB",
+    "CacheMemory",
     "KvLayer",
     "cache_bytes",
+    "cache_memory",
     "compression",
     "kv_layers",
     "mean_bits",
@@ -30,13 +35,11 @@ __all__ = [
 GIB = 2**30
 BF16_BITS = 16
 
-FULL = ("full_attention", "hybrid", "attention")
-SLIDING = {
-    "sliding_attention": "sliding_window",
-    "hybrid_sliding": "sliding_window",
-    "chunked_attention": "attention_chunk_size",
-}
-NO_KEYS = ("linear_attention", "conv", "mamba", "recurrent", "dummy", "moe", "mlp")
+FULL = "full_attention"
+SLIDING = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Which entry of the configuration bounds the tokens of a layer that keeps the last ones."""
+
+NO_KEYS = ("linear_attention", "conv", "mamba", "dummy", "moe", "mlp")
 """Layers whose state does not grow with the context."""
 
 
@@ -95,8 +98,9 @@ def read_config(model: str | Path | Mapping[str, Any] | PretrainedConfig) -> Pre
             architecture's defaults), or the path of a model's folder or of its config.json.
 
     Raises:
-        ValueError: If it cannot be read, or its `model_type` is unknown to the installed transformers.
+        ValueError: If it cannot be read, or transformers refuses it (an unknown `model_type`, a wrong entry).
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(model, PretrainedConfig):
@@ -115,13 +119,14 @@ def read_config(model: str | Path | Mapping[str, Any] | PretrainedConfig) -> Pre
         if not isinstance(entries, dict):
             raise ValueError(f"{path} holds no JSON object, which a model's configuration is")
     model_type = entries.pop("model_type", None)
-    if model_type is None:
-        return PretrainedConfig(**entries)
     try:
+        if model_type is None:
+            return PretrainedConfig(**entries)
         return AutoConfig.for_model(model_type, **entries)
-    except ValueError as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"model_type = {model_type!r} is unknown to the installed transformers: {error}"
+            f"transformers takes no such configuration (model_type = {model_type!r}): {reason}"
         ) from None
 
 
@@ -144,14 +149,14 @@ def kv_layers(config: PretrainedConfig) -> list[KvLayer]:
     for kind, layer in zip(*_kinds(text), strict=True):
         if kind in NO_KEYS:
             continue
-        if kind in FULL:
+        if kind == FULL:
             window = None
         elif kind in SLIDING:
             # transformers keeps one token less than the window: the newest is the query's own.
             window = _size(layer, SLIDING[kind]) - 1
         else:
             raise ValueError(
-                f"layer type {kind!r} is out of scope; known are {', '.join([*FULL, *SLIDING, *NO_KEYS])}"
+                f"layer type {kind!r} is out of scope; known are {', '.join([FULL, *SLIDING, *NO_KEYS])}"
             )
         layers.append(KvLayer(_kv_heads(layer), _head_dim(layer), window))
     return layers
@@ -208,3 +213,170 @@ def parameters(config: PretrainedConfig) -> int:
             f"the weights of model_type = {config.model_type!r} cannot be counted: {error}"
         ) from error
     return sum(weight.numel() for weight in model.parameters())
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a cache takes at one context and batch, in bytes.
+
+    Attributes:
+        context: Tokens of each row.
+        batch: Rows.
+        raw: The full-attention layers uncompressed.
+        other: Layers that no profile compresses: sliding windows.
+        nominal: The full-attention layers as codes alone (protected ones uncompressed).
+        effective: Codes and norms.
+        stored: All that is held for them: codes padded to whole blocks, norms, recent window, sinks, tables.
+        weights: Of the model, if counted; 0 otherwise.
+    """
+
+    context: int
+    batch: int
+    raw: int
+    other: int
+    nominal: float
+    effective: float
+    stored: int
+    weights: int = 0
+
+    def ratio(self, count: str = "stored") -> float:
+        """How many times smaller the full-attention layers are, by "nominal", "effective" or "stored"."""
+        return float(self.raw / getattr(self, count))
+
+    def bits(self, count: str = "stored") -> float:
+        """Bits a coordinate of the full-attention layers, against 16 uncompressed."""
+        return BF16_BITS / self.ratio(count)
+
+    @property
+    def before(self) -> int:
+        """Weights and the whole cache, uncompressed."""
+        return self.weights + self.other + self.raw
+
+    @property
+    def after(self) -> int:
+        """Weights and the whole cache, as stored."""
+        return self.weights + self.other + self.stored
+
+    @property
+    def total_ratio(self) -> float:
+        """How many times smaller weights and cache are together."""
+        return self.before / self.after
+
+
+def cache_memory(
+    config: PretrainedConfig,
+    profile: str | Profile,
+    *,
+    context: int,
+    batch: int = 1,
+    weight_bits: float | None = None,
+) -> CacheMemory:
+    """Count what a compressed cache takes after a prefill, without making one.
+
+    Args:
+        config: Of the model.
+        profile: A profile of `turboquant.profiles`, or its name.
+        context: Tokens of each row, at least 1.
+        batch: Rows, at least 1.
+        weight_bits: Bits of a weight, to count the model too; None leaves the weights out.
+
+    Returns:
+        The bytes; raw keys and values are counted at 16 bits.
+
+    Raises:
+        ValueError: If context or batch is below 1, the profile is unknown, or the model cannot be served.
+    """
+    from turboquant import profiles
+
+    if context < 1 or batch < 1:
+        raise ValueError(f"context and batch must be at least 1, not {context} and {batch}")
+    found = profiles.profile(profile)
+    layers = kv_layers(config)
+    full = [layer for layer in layers if layer.window is None]
+    if found.protected_first + found.protected_last >= len(full):
+        raise ValueError(
+            f"profile {found.name!r} protects the first {found.protected_first} and last "
+            f"{found.protected_last} of {len(full)} full-attention layers: nothing would be compressed"
+        )
+    if len({layer.head_dim for layer in full}) > 1:
+        raise ValueError("full-attention layers of different head_dims cannot be compressed by one profile")
+    raw = int(cache_bytes(full, context, batch=batch))
+    nominal = effective = stored = 0.0
+    used: list[VectorCodec] = []
+    for number, (layer, bits) in enumerate(zip(full, _bits(found, config), strict=True)):
+        if not found.protected_first <= number < len(full) - found.protected_last:
+            counted = (cache_bytes([layer], context, batch=batch),) * 3
+        else:
+            codecs = _codecs(found, bits, layer.head_dim, number)
+            counted = _compressed_bytes(found, codecs, layer, context, batch)
+            used += codecs
+        nominal, effective, stored = (
+            total + part for total, part in zip((nominal, effective, stored), counted, strict=True)
+        )
+    # By storage: layers share codebooks, but no rotation.
+    held = [tensor.untyped_storage() for codec in used for tensor in codec.tensors()]
+    tables = {storage.data_ptr(): storage.nbytes() for storage in held}
+    return CacheMemory(
+        context=context,
+        batch=batch,
+        raw=raw,
+        other=int(cache_bytes([layer for layer in layers if layer.window], context, batch=batch)),
+        nominal=nominal,
+        effective=effective,
+        stored=int(stored) + sum(tables.values()),
+        weights=0 if weight_bits is None else int(weight_bits * parameters(config) / 8),
+    )
+
+
+def _bits(profile: Profile, config: PretrainedConfig) -> list[tuple[float, float]]:
+    """(key bits, value bits) of each full-attention layer; a profile's lists count all layers."""
+    kinds = _kinds(config.get_text_config(decoder=True))[0]
+    return [bits for kind, bits in zip(kinds, profile.layer_bits(len(kinds)), strict=True) if kind == FULL]
+
+
+def _codecs(profile: Profile, bits: tuple[float, float], dim: int, layer: int) -> list[VectorCodec]:
+    """What keys and values of a layer are encoded with; seeds differ as they do in a cache."""
+    from turboquant.cache import vector_codec
+
+    return [
+        vector_codec(
+            dim,
+            profile.parts(own_bits, dim),
+            seed=2 * layer + side,
+            kind="mse" if side else profile.key_kind,
+            split=profile.split,
+            rotation=profile.rotation,
+        )
+        for side, own_bits in enumerate(bits)
+    ]
+
+
+def _compressed_bytes(
+    profile: Profile, codecs: list[VectorCodec], layer: KvLayer, context: int, batch: int
+) -> tuple[float, float, float]:
+    """Nominal, effective and, but for tables, stored bytes of one layer, whose storage is only laid out."""
+    import torch
+
+    from turboquant_kernels.packed_kv import PackedKV
+
+    coded = context - profile.window
+    store = PackedKV(
+        *codecs,
+        window=profile.window,
+        sinks=profile.sinks,
+        capacity=context if coded > 0 else None,
+    )
+    store.allocate(batch, layer.kv_heads, dtype=torch.bfloat16, device="meta")
+    stored = sum(
+        tensor.nbytes
+        for half in (store.keys, store.values)
+        for tensor in (*half.words, *half.scales, half.recent, half.sinks)
+    )
+    if coded > profile.sinks:
+        # The channels of each head in the order of the parts, once the first tokens were encoded.
+        width = 1 if layer.head_dim <= 256 else 2
+        stored += width * layer.kv_heads * layer.head_dim * sum(codec.data_dependent for codec in codecs)
+    vectors = batch * layer.kv_heads * context
+    codes = sum(width * bits for codec in codecs for width, bits in codec.runs) / 8
+    norms = 2 * sum(codec.scales for codec in codecs)
+    return vectors * codes, vectors * (codes + norms), stored
