@@ -21,6 +21,7 @@ from turboquant_claims.controller import BINDINGS, PROPERTY, REUSED, Controller
 if TYPE_CHECKING:
     from turboquant.subjects import VectorSubject
     from turboquant_claims.evidence import Record
+    from turboquant_claims.kv_cache.subject import CacheUnderTest
     from turboquant_claims.ledger import Cell
     from turboquant_claims.results import Key, Result
     from turboquant_claims.run import Plan, Unit
@@ -41,7 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="implementation under test, by name or as package.module:factory (repeatable; default: ours)",
     )
     group.addoption(
-        "--model", action="append", metavar="NAME|PATH", help="model for claims that need one (repeatable)"
+        "--model",
+        action="append",
+        metavar="NAME|PATH",
+        help="model for claims that need one, or the folder that holds it (repeatable; default: needle)",
     )
     group.addoption("--out", metavar="DIR", help="where results and report go (default: reports/out)")
     group.addoption("--resume", action="store_true", help="keep the finished cells of the results in --out")
@@ -98,20 +102,20 @@ def make_plan(config: pytest.Config) -> Plan:
     return run.Plan(
         claims,
         _resolved(names) if any(claim.subject != "none" for claim in claims) else {},
-        models=config.getoption("--model") or (),
+        models=config.getoption("--model") or (run.DEFAULT_MODEL,),
         master_seed=ledger.DEFAULT_SEED if seed is None else seed,
         shard=run.Shard.parse(config.getoption("--shard")),
         slow="slow" in config.getoption("markexpr", ""),
     )
 
 
-def _resolved(names: Iterable[str]) -> dict[str, VectorSubject]:
+def _resolved(names: Iterable[str]) -> dict[str, VectorSubject | CacheUnderTest]:
     """The implementations under test, by their own names."""
-    from turboquant.subjects import resolve
+    from turboquant_claims.kv_cache.subject import subjects_of
 
-    subjects: dict[str, VectorSubject] = {}
+    subjects: dict[str, VectorSubject | CacheUnderTest] = {}
     for name in names:
-        for subject in resolve(name):
+        for subject in subjects_of(name):
             if subject.name in subjects:
                 raise ValueError(f"--subject {name}: a subject named {subject.name!r} is already selected")
             subjects[subject.name] = subject
@@ -136,20 +140,22 @@ def cell(turboquant_unit: Unit) -> Cell:
 
 @pytest.fixture
 def subject(turboquant_unit: Unit, pytestconfig: pytest.Config) -> Any:
-    """The implementation under test, behind the vacuity guards."""
+    """The implementation under test, behind the vacuity guards (a cache's are in the evaluations)."""
     from turboquant_claims.guards import GuardedSubject
+    from turboquant_claims.kv_cache.subject import CacheUnderTest
 
     if not turboquant_unit.subject:
         raise pytest.UsageError(
             f'claim {turboquant_unit.claim.id} has subject = "none": there is none to measure'
         )
-    return GuardedSubject(pytestconfig.stash[CHECKS].plan.subjects[turboquant_unit.subject])
+    found = pytestconfig.stash[CHECKS].plan.subjects[turboquant_unit.subject]
+    return found if isinstance(found, CacheUnderTest) else GuardedSubject(found)
 
 
 @pytest.fixture
-def model(turboquant_unit: Unit) -> str:
+def model(turboquant_unit: Unit, pytestconfig: pytest.Config) -> str:
     """Name or path of the model to measure on."""
-    return turboquant_unit.model
+    return pytestconfig.stash[CHECKS].plan.model_of(turboquant_unit)
 
 
 @pytest.fixture

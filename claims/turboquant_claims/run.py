@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from turboquant_claims.evidence import EvidenceError, Record
@@ -18,6 +19,10 @@ from turboquant_claims.verdicts import judge, news
 
 if TYPE_CHECKING:
     from turboquant.subjects import VectorSubject
+    from turboquant_claims.kv_cache.subject import CacheUnderTest
+
+DEFAULT_MODEL = "needle"
+"""The model that comes with the library: claims that any model can show are measured on it."""
 
 UNFIT = re.compile(r"[^ -~]|[|\[\]@\\]|::")
 """What pytest or xdist would rewrite or misread in a test id."""
@@ -151,8 +156,8 @@ class Plan:
     """
 
     ledger: Ledger
-    subjects: Mapping[str, "VectorSubject"]
-    models: Sequence[str] = ()
+    subjects: Mapping[str, "VectorSubject | CacheUnderTest"]
+    models: Sequence[str] = (DEFAULT_MODEL,)
     master_seed: int = 0
     shard: Shard = field(default_factory=Shard)
     slow: bool = False
@@ -164,14 +169,31 @@ class Plan:
 
     def units_of(self, claim: Claim) -> list[Unit]:
         """A claim's units: its cells on each subject (if it is about one) and model (if it needs one)."""
-        subjects = [""] if claim.subject == "none" else list(self.subjects)
-        models = (list(self.models) or [""]) if "model" in claim.needs else [""]
+        subjects = [""] if claim.subject == "none" else self._subjects_for(claim)
+        models = [""] if "model" not in claim.needs else [claim.weights] if claim.weights else self.models
         return [
             Unit(Cell(claim, spec, self.master_seed), subject, model)
             for spec in claim.cells
             for subject in subjects
             for model in models
         ]
+
+    def _subjects_for(self, claim: Claim) -> list[str]:
+        """Caches for a claim about caches, else vector quantizers; all subjects if none is of its sort."""
+        about_caches = claim.subject == "cache"
+        fit = [name for name, subject in self.subjects.items() if (subject.kind == "cache") == about_caches]
+        return fit or list(self.subjects)
+
+    def model_of(self, unit: Unit) -> str:
+        """Name or path of the model to load for a unit; empty if it was not given.
+
+        Where a statement is about certain weights, that is the selected model whose name holds theirs.
+        """
+        wanted = unit.claim.weights
+        if not wanted:
+            return unit.model
+        named = (model for model in self.models if wanted.lower() in PurePath(model).name.lower())
+        return next(named, "")
 
     def obstacle(self, unit: Unit) -> tuple[Execution, str] | None:
         """Why a unit cannot or need not run here; None if it should."""
@@ -190,9 +212,10 @@ class Plan:
         """Why a subject is not what the cell is about; empty if it is."""
         if not unit.subject:
             return ""
-        subject = self.subjects[unit.subject]
-        if unit.claim.subject not in ("any", subject.kind):
-            return f"the claim is about {unit.claim.subject} quantizers, and {unit.subject} is {subject.kind}"
+        subject, about = self.subjects[unit.subject], unit.claim.subject
+        if (about == "cache") != (subject.kind == "cache") or about not in ("any", subject.kind):
+            wanted = "caches" if about == "cache" else f"{about} quantizers"
+            return f"the claim is about {wanted}, and {unit.subject} is {subject.kind}"
         for parameter, attribute in (("bits", "bits_supported"), ("dim", "dims_supported")):
             value, supported = unit.cell.get(parameter), getattr(subject, attribute, None)
             if value is None or supported is None:
@@ -208,8 +231,9 @@ class Plan:
             return "" if importlib.util.find_spec(module) else f"needs {package}, which is not installed"
         if need == "gpu":
             return "" if cuda_available() else "needs CUDA, and this machine has none"
-        if need == "model" and not unit.model:
-            return "needs a model: name one with --model"
+        if need == "model" and not self.model_of(unit):
+            name = unit.claim.weights
+            return f"needs the weights of {name}: pytest claims --model PATH/TO/{name} -k {unit.claim.id}"
         if need == "slow" and not self.slow:
             return "slow: ask for it with -m slow"
         return ""

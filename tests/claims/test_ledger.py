@@ -45,6 +45,7 @@ def test_a_duplicate_id_names_both_files(tmp_path: Path) -> None:
         (claim_toml("one", '{ stated = "1", tolerance = 2 }'), "claim toy-one, cell number 1: unknown key"),
         (claim_toml("one", '{ stated = "1" }', extra="tolerance = 2"), "unknown key 'tolerance'"),
         (claim_toml("one", '{ stated = "1" }', extra='source = "toy"'), "unknown key 'source'"),
+        (claim_toml("one", '{ stated = "1" }', extra='weights = "Some-7B"'), 'add "model" to needs'),
         (claim_toml("one", '{ stated = "1" }', kind="guess"), "kind: Input should be 'identity'"),
         (claim_toml("one", '{ stated = "1" }', standing="true"), "standing.verdict: Input should be"),
         (

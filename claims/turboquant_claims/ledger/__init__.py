@@ -190,8 +190,9 @@ class Claim(Entry):
     section: str
     statement: str = Field(min_length=1)
     kind: Kind
-    subject: Literal["none", "mse", "prod", "any"]
+    subject: Literal["none", "mse", "prod", "any", "cache"]
     needs: tuple[Literal["gpu", "slow", "faiss", "embeddings", "model"], ...] = ()
+    weights: str = ""  # the model that the statement is about; left out where any model can show it
     unit: str
     how: str = Field(min_length=1)
     readout: tuple[str, ...] = ()
@@ -514,6 +515,10 @@ def _check(claim: Claim, file: str) -> list[Problem]:
             problems.append(
                 Problem(file, claim.id, "", f"readout names {name!r}, which is no cell's parameter")
             )
+    if claim.weights and "model" not in claim.needs:
+        problems.append(
+            Problem(file, claim.id, "", f'weights = {claim.weights!r} names a model: add "model" to needs')
+        )
     for cell in claim.cells:
         key = cell.key or "(no parameters)"
         if cell.key in seen:
