@@ -19,7 +19,14 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from turboquant.cache import IMPLEMENTATION, Prefill, Tokens, TurboQuantCache
+from turboquant.cache import (
+    CACHE_NAMES,
+    IMPLEMENTATION,
+    Prefill,
+    Tokens,
+    TurboQuantCache,
+    cache_argument,
+)
 from turboquant.profiles import Profile
 from turboquant.profiles import profile as find_profile
 from turboquant_kernels.decode import attend_dense
@@ -27,7 +34,6 @@ from turboquant_kernels.decode import attend_dense
 __all__ = ["attach", "detach", "turboquant_attention"]
 
 _ATTACHED = "_turboquant"  # the model's attribute that holds what `detach` needs
-_CACHE_NAMES = ("cache", "past_key_values")  # of transformers' argument, since 5.20 and before
 
 
 def attach(
@@ -167,8 +173,8 @@ class _Hook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        name = next(n for n in _CACHE_NAMES if n in inspect.signature(module.forward).parameters)
-        cache = next((given[n] for n in _CACHE_NAMES if given.get(n) is not None), None)
+        name = cache_argument(module)
+        cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
         if isinstance(cache, StaticCache):
             raise ValueError(
                 "transformers' StaticCache is dense and cannot be compressed: pass "
@@ -179,14 +185,17 @@ class _Hook:
         tokens = _tokens(given)
         if tokens == 0:
             raise ValueError("the prompt is empty: give at least one token")
+        ours: TurboQuantCache | None = None
         if cache is None or (type(cache) is DynamicCache and int(cache.get_seq_length()) == 0):
             ours = self._replacement(cache)
-            given = {n: v for n, v in given.items() if n not in _CACHE_NAMES} | {name: ours}
+            given = {n: v for n, v in given.items() if n not in CACHE_NAMES} | {name: ours}
             args, kwargs, cache = (), given, ours
         if tokens > 1 and isinstance(cache, Cache):
             self._check_context(module, tokens + int(cache.get_seq_length()))
-        if isinstance(cache, TurboQuantCache) and cache.is_empty:
-            cache.pad(_padding_mask(given.get("attention_mask"), tokens))
+        # A single new token is never a padding token, and asking would wait for the device.
+        if isinstance(cache, TurboQuantCache) and (tokens > 1 or cache is ours) and cache.padding_open:
+            total = tokens + int(cache.get_seq_length())
+            cache.pad(_padding_mask(given.get("attention_mask"), total))
         return args, kwargs
 
     def _replacement(self, cache: DynamicCache | None) -> TurboQuantCache:

@@ -7,13 +7,14 @@ own. A layer's only storage is a `PackedKV`: packed codes, norms, the raw recent
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -32,17 +33,22 @@ from turboquant_kernels.decode import choose
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, Sketch, VectorCodec
 
 __all__ = [
+    "CACHE_NAMES",
     "IMPLEMENTATION",
     "PackedLayer",
     "Prefill",
     "Tokens",
     "TurboQuantCache",
+    "cache_argument",
     "left_padding",
     "vector_codec",
 ]
 
 IMPLEMENTATION = "turboquant"
 """Name of our attention function among transformers' implementations."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers' models call their cache, in newer versions and in older ones."""
 
 Prefill = Literal["codes", "raw"]
 
@@ -231,6 +237,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             tokens_to_remove: Minus the number of tokens to forget. (A positive number is the length to keep,
                 as in transformers before 5.20.)
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding before 5.20 gives a tensor
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - int(self.store.length))
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -345,9 +352,9 @@ class TurboQuantCache(Cache):
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)}
 
     @property
-    def is_empty(self) -> bool:
-        """Whether no token was seen since the start or the last reset."""
-        return all(layer.empty for layer in self.packed.values())
+    def padding_open(self) -> bool:
+        """Whether there may be more padding on the left (a chunk of a prompt may be nothing else)."""
+        return next(iter(self.packed.values())).store.padding_open
 
     @property
     def data_dependent(self) -> bool:
@@ -396,13 +403,13 @@ class TurboQuantCache(Cache):
         return any(max(a, start) < (b if stop is None else min(b, stop)) for a, b in ranges)
 
     def pad(self, attention_mask: Tensor | None) -> None:
-        """State the padding of a batch before its first tokens; `attach` does it by itself.
+        """State the padding of a batch before each row's first token; `attach` does it by itself.
 
         Args:
-            attention_mask: (batch, tokens), 0 for padding, on the left only; None for no padding.
+            attention_mask: (batch, tokens so far), 0 for padding, on the left only; None for no padding.
 
         Raises:
-            ValueError: If there is padding elsewhere, a row without a token, or a token was seen.
+            ValueError: If there is padding elsewhere, or each row has a token already.
         """
         first = None if attention_mask is None else left_padding(attention_mask)
         for layer in self.packed.values():
@@ -415,6 +422,27 @@ class TurboQuantCache(Cache):
             layer.device = torch.device(device)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls its cache, as an argument and as a field of its output.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        "cache" (transformers from 5.20 on) or "past_key_values".
+
+    Raises:
+        ValueError: If its forward takes neither.
+    """
+    known = inspect.signature(model.forward).parameters
+    for name in CACHE_NAMES:
+        if name in known:
+            return name
+    raise ValueError(
+        f"{type(model).__name__}.forward takes no cache (no argument {' or '.join(CACHE_NAMES)})"
+    )
+
+
 def left_padding(attention_mask: Tensor) -> Tensor | None:
     """How many padding tokens each row starts with.
 
@@ -425,7 +453,7 @@ def left_padding(attention_mask: Tensor) -> Tensor | None:
         (batch,) int64; None if there is no padding at all.
 
     Raises:
-        ValueError: If a row has padding after a token, or no token.
+        ValueError: If a row has padding after a token.
     """
     kept = attention_mask.bool()
     if bool(kept.all()):
@@ -437,9 +465,6 @@ def left_padding(attention_mask: Tensor) -> Tensor | None:
             "the "
             f"left (tokenizer.padding_side = 'left'), with 0 in attention_mask for padding"
         )
-    empty = (~kept.any(dim=-1)).nonzero()[:, 0].tolist()
-    if empty:
-        raise ValueError(f"rows {empty} of the batch have no token at all: leave them out")
     return (~kept).sum(dim=-1)
 
 

@@ -243,16 +243,22 @@ class PackedKV:
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.encoded = torch.zeros((), dtype=torch.int64, device=device)
 
+    @property
+    def padding_open(self) -> bool:
+        """Whether there may be more padding on the left: nothing is held, or of some row only padding."""
+        length = int(self.length)
+        return length == 0 or self._padding[1] >= length
+
     def pad(self, first: Tensor | None) -> None:
-        """State the padding before the first tokens come.
+        """State the padding before each row's first token comes.
 
         Args:
-            first: (B,) int64: padding tokens on the left of each row; None for none.
+            first: (B,) int64: known padding tokens on the left of each row; None for none.
 
         Raises:
-            ValueError: If tokens are held already.
+            ValueError: If each row holds a token already.
         """
-        if int(self.length):
+        if not self.padding_open:
             raise ValueError("padding can only be stated before the first tokens: reset the cache first")
         self.first = first
         self._padding = (0, 0) if first is None else (int(first.min()), int(first.max()))
