@@ -366,6 +366,9 @@ class TurboQuantCache(Cache):
         storages: dict[int, int] = {}
         for layer in self.packed.values():
             storages |= layer.store.storages()
+            # Nothing of the kind is kept; a layer that did keep a dense copy would be found out here.
+            kept = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+            storages |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         return sum(storages.values())
 
     def compressed_tokens(self, layer: int) -> int:

@@ -33,6 +33,10 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
     m = hadamard_order(dim)
     if not x.numel():
         return x.clone()
+    if torch.compiler.is_compiling():
+        # A compiler would fuse these additions with a product before them, and round once instead of twice.
+        opaque: Tensor = _opaque(x, transpose)
+        return opaque
     y, other = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     stride = 1
     while stride < dim // m:
@@ -53,6 +57,16 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
             total += signs[:, j : j + 1] * blocks[:, j : j + 1]
         y = total.view(x.shape)
     return y.view(x.shape) if y is not x else x.clone()
+
+
+@torch.library.custom_op("turboquant_kernels::hadamard", mutates_args=())
+def _opaque(x: Tensor, transpose: bool) -> Tensor:
+    return hadamard(x, transpose=transpose)
+
+
+@_opaque.register_fake
+def _(x: Tensor, transpose: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def hadamard_order(dim: int) -> int:

@@ -344,6 +344,10 @@ class VectorCodec:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """Sums of squares along the last axis, added in halves: an order that nothing changes."""
+    if torch.compiler.is_compiling():
+        # A compiler would fuse products with sums, and round once instead of twice.
+        opaque: Tensor = _opaque_sum_of_squares(x)
+        return opaque
     squares = x * x
     width = squares.shape[-1]
     while width > 1:
@@ -351,6 +355,16 @@ def _sum_of_squares(x: Tensor) -> Tensor:
         squares[..., :half] += squares[..., width - half : width]
         width -= half
     return squares[..., 0].clone()
+
+
+@torch.library.custom_op("turboquant_kernels::sum_of_squares", mutates_args=())
+def _opaque_sum_of_squares(x: Tensor) -> Tensor:
+    return _sum_of_squares(x)
+
+
+@_opaque_sum_of_squares.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1])
 
 
 def _square_root(x: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class PackedKV:
     def storages(self) -> dict[int, int]:
         """Bytes of each storage that is held, tables included, by its address."""
         found = [] if self._halves is None else [t for half in self._halves for t in half.tensors()]
-        found += [t for t in (self.first, self.length, self.encoded) if isinstance(t, Tensor)]
+        found += [value for value in vars(self).values() if isinstance(value, Tensor)]
         return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
 
     @property
