@@ -1,4 +1,4 @@
-"""What does `turboquant …` do at a shell? Codebooks, files of vectors to codes and back, subjects."""
+"""What does `turboquant …` do at a shell? Codebooks, files of vectors to codes and back, evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turboquant import subjects, theory
 from turboquant.codebook import codebook as make_codebook
-from turboquant.evals import retrieval
+from turboquant.evals import commands, retrieval
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, quantizer_of
 
 __all__ = ["app"]
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(retrieval.app)
+app.add_typer(commands.app)
 _out = Console()
 _err = Console(stderr=True)
 

@@ -130,3 +130,13 @@ class Subject:
 
     def stored_bytes(self, cache):
         return _held(cache)
+
+
+class NoReads(Subject):
+    """Someone's cache that compresses nothing."""
+
+    def make_cache(self, config, **_):
+        return DynamicCache(config=config)
+
+    def stored_bytes(self, cache):
+        return reachable_bytes(cache)

@@ -1,7 +1,8 @@
-"""Which caches stand side by side in an evaluation? Arms, by short names: exact, fp8, int4, kivi2.
+"""Which caches stand side by side in an evaluation? Arms, by short names: exact, fp8, int4, kivi2, tq3.5.
 
-An arm makes an empty transformers cache for a model and says what it stores. Rivals come from
-`turboquant.rival_caches`, anyone's from a `turboquant.subjects.CacheSubject`.
+An arm makes an empty transformers cache for a model and says what it stores. Ours come from
+`turboquant.profiles`, rivals from `turboquant.rival_caches`, anyone's from a
+`turboquant.subjects.CacheSubject`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ EXAMPLES = (
     "int2",
     "int3g32",
     "kivi2",
+    "tq4",
+    "tq3.5",
+    "tq2.5-oblivious",
+    "tq-k4v2",
+    "tq3-prod",
+    "tq:conservative",
 )
 
 
@@ -49,6 +56,7 @@ class Arm:
         compresses: False for the uncompressed baseline.
         laws: What keys and values are held to by `turboquant.evals.guards.check_law`.
         least_bits: The fewest bits of any part of a vector.
+        attention: Attention function under which the model reads the cache; None for its own.
         make: (config, seed, device, dtype) to an empty cache.
         count: A filled cache to the bytes that it stores.
     """
@@ -63,6 +71,7 @@ class Arm:
     compresses: bool = True
     laws: tuple[Law | None, Law | None] = (None, None)
     least_bits: int = 0
+    attention: str | None = None
 
     @property
     def bits(self) -> float:
@@ -85,28 +94,37 @@ class Arm:
         return self.count(cache)
 
 
-def arms(names: Sequence[str], *, window: int | None = None) -> list[Arm]:
+def arms(names: Sequence[str], *, window: int | None = None, backend: str = "dense") -> list[Arm]:
     """Arms by their names; "exact", which the others are compared with, is put first if it is missing.
 
     Args:
         names: As `arm` takes them.
         window: Newest tokens kept raw; None for 128, or a profile's own.
+        backend: How ours are read, as `arm` takes it.
 
     Returns:
         The arms, each name once.
     """
     wanted = dict.fromkeys(names)
-    return [arm(name, window=window) for name in ({} if "exact" in wanted else {"exact": None}) | wanted]
+    return [
+        arm(name, window=window, backend=backend)
+        for name in ({} if "exact" in wanted else {"exact": None}) | wanted
+    ]
 
 
-def arm(name: str, *, window: int | None = None) -> Arm:
+def arm(name: str, *, window: int | None = None, backend: str = "dense") -> Arm:
     """An arm by its name.
 
     Args:
         name: "exact"; "fp8" (e4m3, a scale a token); "int4" (absmax integers of 2 to 8 bits, a scale a
             token), "int3g32" (a scale for 32 coordinates: 3.5 bits in all); "kivi2" (KIVI, 1 to 8 bits);
-            or "package.module:factory@4" or "...@k4v2", someone's `CacheSubject` and its bits.
+            "tq4" (ours, 1 to 8 bits), "tq3.5" (stored bits, split channels), "tq3.5-oblivious" (split
+            after rotation), "tq-k4v2" (keys and values apart), "tq3-prod" (Algorithm 2 for keys), "tq:NAME"
+            (a profile of `turboquant.profiles`); or "package.module:factory@4" or "...@k4v2", someone's
+            `CacheSubject` and its bits.
         window: Newest tokens kept raw; None for 128, or a profile's own.
+        backend: How ours is read: "dense" (decoded for the model's own attention, as the rivals are), or
+            by our attention over codes, "torch", "triton" or "auto".
 
     Returns:
         The arm.
@@ -137,6 +155,14 @@ def arm(name: str, *, window: int | None = None) -> Arm:
         return _codecs(name, bits, kept, rival_caches.KiviKeys(bits), rival_caches.KiviValues(bits))
     if found := re.fullmatch(r"(.+:.+)@(?:([\d.]+)|k([\d.]+)v([\d.]+))", name):
         return _subject(name, found[1], float(found[2] or found[3]), float(found[2] or found[4]), kept)
+    if found := re.fullmatch(r"tq(\d(?:\.5)?)(-prod|-oblivious)?", name):
+        both = {"key_bits": float(found[1]), "value_bits": float(found[1])}
+        return _ours(name, "4", found[2], window, backend, **both)
+    if found := re.fullmatch(r"tq-k(\d(?:\.5)?)v(\d(?:\.5)?)(-prod|-oblivious)?", name):
+        apart = {"key_bits": float(found[1]), "value_bits": float(found[2])}
+        return _ours(name, "4", found[3], window, backend, **apart)
+    if name.startswith("tq:"):
+        return _ours(name, name.removeprefix("tq:"), None, window, backend)
     near = difflib.get_close_matches(name, EXAMPLES, n=1)
     hint = f"; did you mean {near[0]!r}" if near else ""
     raise ValueError(
@@ -156,6 +182,62 @@ def _codecs(
         lambda config, *_: rival_caches.codec_cache(config, keys, values, window=window),
         _full_attention_bytes,
     )
+
+
+def _ours(name: str, base: str, variant: str | None, window: int | None, backend: str, **bits: float) -> Arm:
+    import turboquant.attention  # noqa: F401 (registers our attention function)
+    from turboquant.cache import IMPLEMENTATION, TurboQuantCache
+    from turboquant.profiles import Profile, profile
+
+    if backend not in ("dense", "torch", "triton", "auto"):
+        raise ValueError(f"backend must be dense, torch, triton or auto, not {backend!r}")
+    found: Profile = profile(
+        base,
+        key_kind="prod" if variant == "-prod" else None,
+        split="oblivious" if variant == "-oblivious" else None,
+        window=window,
+        **bits,
+    )
+
+    def make(config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Cache:
+        return TurboQuantCache(
+            config,
+            found,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            backend="torch" if backend == "dense" else backend,
+            prefill="raw" if backend == "dense" else "codes",
+        )
+
+    def count(cache: Any) -> int:
+        return int(cache.stored_bytes()) + _full_attention_bytes(cache)  # protected layers are raw
+
+    key, value = (_nominal(bits, found.outliers) for bits in (found.key_bits, found.value_bits))
+    least = min(int(b) for bits in (found.key_bits, found.value_bits) for b in _each(bits))
+    law: Law | None = None if found.rotation == "identity" else "mse"
+    return Arm(
+        name,
+        key,
+        value,
+        found.window,
+        make,
+        count,
+        sinks=found.sinks,
+        laws=("prod" if law and found.key_kind == "prod" else law, law),
+        least_bits=least,
+        attention=None if backend == "dense" else IMPLEMENTATION,
+    )
+
+
+def _each(bits: float | tuple[float, ...]) -> tuple[float, ...]:
+    return bits if isinstance(bits, tuple) else (bits,)
+
+
+def _nominal(bits: float | tuple[float, ...], outliers: int) -> float:
+    """Mean bits of the codes: of each 128 channels, `outliers` have one more than the whole part."""
+    each = [int(b) + (0 if b == int(b) else outliers / 128) for b in _each(bits)]
+    return sum(each) / len(each)
 
 
 def _full_attention_bytes(cache: Cache) -> int:

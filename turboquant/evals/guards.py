@@ -21,6 +21,7 @@ from turboquant.theory import distortion, mse_upper_bound
 __all__ = [
     "GuardError",
     "Law",
+    "check_compressed",
     "check_differs",
     "check_growth",
     "check_later",
@@ -130,6 +131,25 @@ def check_differs(name: str, logits: Tensor, exact: Tensor) -> None:
         raise GuardError(f"{name} gives the uncompressed model's logits to the bit: nothing was compressed")
 
 
+def check_compressed(name: str, coded: Tensor) -> Tensor:
+    """Some layer reads otherwise than it was given; protected layers need not.
+
+    Args:
+        name: The arm's.
+        coded: (layers, B, S) bool, positions whose keys or values are read otherwise than they were put in.
+
+    Returns:
+        (layers,) bool: layers that hold codes in every row.
+
+    Raises:
+        GuardError: None does.
+    """
+    compressed = coded.any(dim=2).all(dim=1)
+    if not compressed.any():
+        raise GuardError(f"{name} reads every token of the context as it was put in: nothing was compressed")
+    return compressed
+
+
 def check_needles(name: str, coded: Tensor, spans: Sequence[Sequence[tuple[int, int]]]) -> None:
     """The needles that are asked for are read from codes.
 
@@ -141,10 +161,7 @@ def check_needles(name: str, coded: Tensor, spans: Sequence[Sequence[tuple[int, 
     Raises:
         GuardError: No layer holds codes, or a needle has a token that a compressed layer reads raw.
     """
-    compressed = coded.any(dim=2).all(dim=1)
-    if not compressed.any():
-        raise GuardError(f"{name} reads every token of the context as it was put in: nothing was compressed")
-    everywhere = coded[compressed].all(dim=0)
+    everywhere = coded[check_compressed(name, coded)].all(dim=0)
     for row, needles in zip(everywhere, spans, strict=True):
         for start, stop in needles:
             if not row[start:stop].all():

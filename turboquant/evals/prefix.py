@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +116,7 @@ class Scored:
         reading: What it read of the prefix.
         stored_bytes: Bytes that it says it stores for the batch's prefix, checked.
         held_bytes: Bytes of all tensors that can be reached from its cache.
-        backend: What computed attention, as the cache says; "torch" if it does not.
+        backend: What computed attention.
     """
 
     logits: Tensor
@@ -171,6 +171,8 @@ def check_length(model: Any, tokens: int) -> None:
 
 def batch_rows(model: Any, context: int) -> int:
     """How many rows of a context fit in one batch: by free memory on CUDA, by tokens on a CPU."""
+    if context < 1:
+        raise ValueError(f"the prompt is empty: ask for a context of at least 1 token, not {context}")
     config = model.config.get_text_config(decoder=True)
     if model.device.type != "cuda":
         return max(1, min(MOST_ROWS, CPU_TOKENS // context))
@@ -255,20 +257,31 @@ def watch(
     def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         found = update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in put and layer_idx not in reading.coded:
-            _check_read(name, found, key_states, put[layer_idx][0])
-            differs = [_differs(x, y) for x, y in zip(found, put[layer_idx], strict=True)]
+            read = dense(found)
+            _check_read(name, read, key_states, put[layer_idx][0])
+            differs = [_differs(x, y) for x, y in zip(read, put[layer_idx], strict=True)]
             coded = differs[0] | differs[1]
             reading.coded[layer_idx] = coded
             reading.moments[layer_idx] = torch.stack(
-                [_moments(x, y, coded) for x, y in zip(found, put[layer_idx], strict=True)]
+                [_moments(x, y, coded) for x, y in zip(read, put[layer_idx], strict=True)]
             )
         return found
 
-    cache.update = watched  # type: ignore[method-assign]
-    try:
+    with updating(cache, watched):
         yield reading
+
+
+@contextmanager
+def updating(cache: Cache, update: Callable[..., Any]) -> Iterator[None]:
+    """While active, a cache's `update` is another function."""
+    before = vars(cache).get("update")
+    cache.update = update  # type: ignore[method-assign]
+    try:
+        yield
     finally:
         del cache.update
+        if before is not None:  # one wrapper inside another
+            cache.update = before  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -393,25 +406,51 @@ def check_arm(arm: Arm, model: Any, prefix: Prefix, cache: Cache, reading: Readi
     return held
 
 
+def dense(found: Any) -> Any:
+    """The keys and values that a cache's `update` returned; decoded if our attention reads them as codes."""
+    reading = getattr(found[0], "reading", None) if isinstance(found, tuple) and found else None
+    return found if reading is None else reading.dense()
+
+
+def backend_of(model: Any, cache: Cache) -> str:
+    """What computes attention: the backend of a cache that ours reads, else the model's own function."""
+    own = str(model.config._attn_implementation)
+    return str(getattr(cache, "backend", own)) if own == "turboquant" else own
+
+
+@contextmanager
+def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
+    """While active, the model's attention function is another; None changes nothing."""
+    if implementation is None:
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def _scored(
     arm: Arm, model: Any, prefix: Prefix, suffix: Tensor, *, seed: int, step: int | None, keep: int | None
 ) -> Scored:
     cache = fill(arm, model, prefix, seed=seed)
     stated = arm.stored_bytes(cache)
-    with watch(cache, prefix.layers, arm.name) as reading:
+    with attention_of(model, arm.attention), watch(cache, prefix.layers, arm.name) as reading:
         logits = forward(model, cache, suffix, step=step, keep=keep)
+        backend = backend_of(model, cache)
     if not torch.isfinite(logits).all():
         raise GuardError(f"{arm.name} gives logits that are not finite")
     held = check_arm(arm, model, prefix, cache, reading)
-    return Scored(logits, reading, stated, held, str(getattr(cache, "backend", "torch")))
+    return Scored(logits, reading, stated, held, backend)
 
 
 def _check_read(name: str, found: Any, new: Tensor, put: Tensor) -> None:
     """Refuse what attention could not use, with a sentence in place of a failure inside it."""
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(x, Tensor) for x in found)):
         raise GuardError(
-            f"{name}: update() returned {type(found).__name__} of other things than two tensors; "
-            "a model that turboquant.attach changed must be detached before it is evaluated"
+            f"{name}: update() returned {type(found).__name__} in place of a tuple of two tensors"
         )
     tokens = put.shape[2] + new.shape[2]
     for x in found:
