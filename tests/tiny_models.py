@@ -46,6 +46,7 @@ def _add(name: str, config: str, model: str, **changes: object) -> None:
 
 
 _add("llama", "LlamaConfig", "LlamaForCausalLM", head_dim=32)
+_add("llama-1-layer", "LlamaConfig", "LlamaForCausalLM", head_dim=32, num_hidden_layers=1)
 _add("qwen2", "Qwen2Config", "Qwen2ForCausalLM")
 _add("qwen3", "Qwen3Config", "Qwen3ForCausalLM", head_dim=32)
 _add("mistral", "MistralConfig", "MistralForCausalLM", sliding_window=None)
@@ -65,6 +66,15 @@ _add(
     **LINEAR,
 )
 _add("qwen3.5", "Qwen3_5TextConfig", "Qwen3_5ForCausalLM", **LINEAR)
+
+
+def one_layer() -> PreTrainedModel:
+    """A model whose keys and values are the same float32 numbers however tokens are batched or chunked.
+
+    Codes are steps of what they code: a difference in the last bit of a key, which the shape of a product can
+    make, may change one, and then the logits. Here nothing comes before the keys but a product in float64.
+    """
+    return MODELS["llama-1-layer"]().double()
 
 
 def prompt(rows: int = 1, tokens: int = 40, seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exact_codec import ExactCodec
-from tiny_models import MODELS, prompt
+from tiny_models import MODELS, one_layer, prompt
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
@@ -102,8 +102,9 @@ def test_generated_tokens_are_compressed_too(llama: PreTrainedModel, monkeypatch
     assert kept[NAME].stored_bytes() == compressed + 2 * 89 * 2 * 32 * 4
 
 
-def test_a_row_does_not_depend_on_its_padding(llama: PreTrainedModel) -> None:
+def test_a_row_does_not_depend_on_its_padding() -> None:
     """Sinks are the row's own first tokens, and padding is never read."""
+    llama = one_layer()
     attach(llama, OBLIVIOUS)
     batch = generate(llama, IDS, MASK)
     alone = generate(llama, IDS[:1, 9:])
@@ -114,8 +115,9 @@ def test_a_row_does_not_depend_on_its_padding(llama: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_turns_of_a_conversation(llama: PreTrainedModel) -> None:
+def test_turns_of_a_conversation() -> None:
     """A cache that is carried on gives what one forward over everything gives."""
+    llama = one_layer()
     attach(llama, OBLIVIOUS)
     first = generate(llama, SINGLE, max_new_tokens=5)
     later = torch.cat([first.sequences, prompt(1, 12, seed=5)], dim=1)
@@ -149,7 +151,8 @@ def test_crop_and_again(llama: PreTrainedModel, exact: pytest.MonkeyPatch) -> No
 
 
 @torch.no_grad()
-def test_rows_are_selected_and_repeated(llama: PreTrainedModel) -> None:
+def test_rows_are_selected_and_repeated() -> None:
+    llama = one_layer()
     attach(llama, OBLIVIOUS)
     cache = llama(IDS, attention_mask=MASK)[NAME]
     cache.batch_repeat_interleave(2)
