@@ -34,6 +34,15 @@ def test_library_example_runs() -> None:
     assert 0.0085 < float(distortion) < 0.0100
 
 
+def test_cache_example_runs() -> None:
+    printed: list[tuple[int, int]] = []
+    exec(block("python", "attach(model"), {"print": lambda *values: printed.append(values)})
+    ((tokens, stored),) = printed
+    assert tokens == 400 + 19 - 128
+    dense = 2 * 2 * 419 * 256 * 4
+    assert stored < 0.55 * dense
+
+
 def test_adapter_example_is_short_and_refuted(tmp_path: Path) -> None:
     source = block("python", "class Absmax")
     assert len(source.splitlines()) < 30

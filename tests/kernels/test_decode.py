@@ -100,7 +100,7 @@ def test_each_query_reads_what_the_rule_says_whatever_the_chunking(
     found, start = [], 0
     patch = pytest.MonkeyPatch()
     patch.setattr(reference, "_TILE_SCORES", {"cpu": tile})
-    patch.setattr(reference, "_COORDINATES_AT_ONCE", tile)
+    patch.setattr(reference, "_COORDINATES_AT_ONCE", {"cpu": tile})
     for count in chunks:
         part = slice(start, start + count)
         reading = kv.update(keys[:, :, part], values[:, :, part])
@@ -289,7 +289,7 @@ def test_memory_is_the_storage_and_one_block() -> None:
             return out
 
     with pytest.MonkeyPatch.context() as patch, Sizes():
-        patch.setattr(reference, "_COORDINATES_AT_ONCE", 1 << 15)
+        patch.setattr(reference, "_COORDINATES_AT_ONCE", {"cpu": 1 << 15})
         attend(normal(1, H, 1, D, seed=1), reading, scale=SCALE)
     assert largest <= 4 * (1 << 15)
     assert largest < keys.nbytes / 8

@@ -21,7 +21,7 @@ from turboquant_kernels.packed_kv.codec import Term
 
 __all__ = ["attend", "attend_dense"]
 
-_COORDINATES_AT_ONCE = 1 << 19  # decoded at once; about 20 bytes of temporaries each
+_COORDINATES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 19}  # decoded; about 20 bytes of temporaries each
 _BLOCKS_AT_MOST = 16  # on an accelerator, where each costs launches
 _TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 25}
 _BAND = 256  # queries of a tile of the band that is read raw, at least
@@ -62,8 +62,8 @@ def attend(
             f"{dim}), "
             f"not {tuple(query.shape)}"
         )
-    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim)
-    scores = _Scores(scale, softcap, mask, kv_heads)
+    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim) * scale
+    scores = _Scores(softcap, mask, kv_heads)
     raw = _attend_raw(grouped, reading, scores, causal)
     coded = _attend_codes(grouped, reading, scores)
     return _joined(raw, coded, reading).to(query.dtype).view(query.shape)
@@ -96,8 +96,8 @@ def attend_dense(
     """
     batch, heads, count, dim = query.shape
     kv_heads, tokens = key.shape[1:3]
-    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim)
-    scores = _Scores(scale, softcap, mask, kv_heads)
+    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim) * scale
+    scores = _Scores(softcap, mask, kv_heads)
     stream = _Stream(grouped, [value.shape[-1]])
     numbers = torch.arange(tokens, device=query.device)
     for rows in _chunks(0, count, _rows_at_once(grouped)):
@@ -114,8 +114,8 @@ def attend_dense(
 class _Scores:
     """Scores of a tile of queries and tokens."""
 
-    def __init__(self, scale: float, softcap: float | None, mask: Tensor | None, kv_heads: int) -> None:
-        self.scale, self.softcap = scale, softcap
+    def __init__(self, softcap: float | None, mask: Tensor | None, kv_heads: int) -> None:
+        self.softcap = softcap
         # (B or 1, G or 1, H / G or 1, n, T)
         self.mask = mask
         if mask is not None:
@@ -126,11 +126,10 @@ class _Scores:
             )
 
     def __call__(self, parts: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
-        """(B, G, R, c, T) scores, scaled and capped; parts are (queries, coefficients, factors)."""
+        """(B, G, R, c, T) scores, capped; parts are (scaled queries, coefficients, factors)."""
         total = _weighted(*parts[0])
         for part in parts[1:]:
             total += _weighted(*part)
-        total *= self.scale
         return total if self.softcap is None else total.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def masked(self, scores: Tensor, rows: slice, tokens: Tensor | slice, allowed: Tensor | None) -> Tensor:
@@ -142,7 +141,7 @@ class _Scores:
                 allowed = seen if allowed is None else seen & allowed
             else:
                 scores = scores + seen
-        return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        return scores if allowed is None else scores.masked_fill_(~allowed, -torch.inf)
 
 
 class _Stream:
@@ -155,12 +154,12 @@ class _Stream:
         self.sums = [grouped.new_zeros(*lead, width) for width in widths]
 
     def fold(self, rows: slice, scores: Tensor, values: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Take in tokens: scores (B, G, R, c, T) and, for each sum, coefficients and factors."""
+        """Take in tokens: scores (B, G, R, c, T), overwritten, and coefficients and factors of each sum."""
         before = self.best[..., rows]
         best = torch.maximum(before, scores.amax(dim=-1))
         # Where nothing was seen yet, exp(-inf - 0) is the 0 that exp(-inf + inf) is not.
         finite = best.masked_fill(best == -torch.inf, 0.0)
-        weights = (scores - finite[..., None]).exp_()
+        weights = scores.sub_(finite[..., None]).exp_()
         fade = (before - finite).exp_()
         self.best[..., rows] = best
         self.total[..., rows] = self.total[..., rows] * fade + weights.sum(dim=-1)
@@ -257,8 +256,11 @@ def _attend_codes(grouped: Tensor, reading: Reading, scores: _Scores) -> _Stream
             # Beyond these lie the remains of tokens that were removed.
             coded = tokens < reading.encoded
             keys, values = [_only(coded, term) for term in keys], [_only(coded, term) for term in values]
-        size = grouped.shape[0] * grouped.shape[1] * grouped.shape[2] * len(tokens)
-        for rows in _chunks(lowest, count, max(1, _tile_scores(grouped) // size)):
+        if count * grouped.shape[2] > reading.keys.codec.dim:
+            # Fewer products than with each score.
+            keys, values = [term.whole() for term in keys], [term.whole() for term in values]
+        size = math.prod(grouped.shape[:3]) * len(tokens)
+        for rows in _chunks(lowest, count, max(1, _of_device(_TILE_SCORES, grouped) // size)):
             conditions = []
             if isinstance(reading.encoded, Tensor):
                 conditions.append(tokens < reading.encoded)
@@ -301,6 +303,8 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _only(kept: Tensor, term: Term) -> Term:
+    if term.factors is None:
+        raise ValueError("factors are masked before they are multiplied in")
     return Term(term.coefficients, torch.where(kept, term.factors, 0.0))
 
 
@@ -333,25 +337,25 @@ def _chunks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _tile_scores(grouped: Tensor) -> int:
-    return _TILE_SCORES[grouped.device.type if grouped.device.type in _TILE_SCORES else "cpu"]
+def _of_device(sizes: dict[str, int], tensor: Tensor) -> int:
+    return sizes.get(tensor.device.type, sizes["cpu"])
 
 
 def _rows_at_once(grouped: Tensor) -> int:
     """Queries of a tile that is about as wide as high."""
-    high: int = math.isqrt(_tile_scores(grouped) // math.prod(grouped.shape[:3]))
+    high: int = math.isqrt(_of_device(_TILE_SCORES, grouped) // math.prod(grouped.shape[:3]))
     return max(16, high)
 
 
 def _columns_at_once(grouped: Tensor, rows: slice) -> int:
     size: int = math.prod(grouped.shape[:3]) * (rows.stop - rows.start)
-    return max(BLOCK, _tile_scores(grouped) // size)
+    return max(BLOCK, _of_device(_TILE_SCORES, grouped) // size)
 
 
 def _tokens_at_once(grouped: Tensor, reading: Reading, end: int) -> int:
     """Tokens to decode at once, whole blocks."""
     size = grouped.shape[0] * grouped.shape[1] * reading.keys.codec.dim
-    tokens = _COORDINATES_AT_ONCE // size
+    tokens = _of_device(_COORDINATES_AT_ONCE, grouped) // size
     if grouped.device.type != "cpu":
         tokens = max(tokens, end // _BLOCKS_AT_MOST)
     return max(BLOCK, tokens // BLOCK * BLOCK)

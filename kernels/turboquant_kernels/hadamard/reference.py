@@ -48,7 +48,7 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
         y, other = other, (torch.empty_like(other) if stride == 1 else y)
         stride *= 2
     if m > 1:
-        signs = hadamard_seed(m).to(device=x.device, dtype=x.dtype)
+        signs = _seed_on(m, x.device, x.dtype)
         if transpose:
             signs = signs.T
         blocks = y.view(-1, m, dim // m)
@@ -127,6 +127,12 @@ def hadamard_seed(m: int) -> Tensor:
         return (core + eye).to(torch.int8)
     plus, minus = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
     return (torch.kron(core, plus) + torch.kron(eye, minus)).to(torch.int8)
+
+
+@lru_cache(maxsize=64)
+def _seed_on(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix where it is used: a copy from the host in each call could not be captured in a graph."""
+    return hadamard_seed(m).to(device=device, dtype=dtype)
 
 
 def _paley_prime(m: int) -> int:

@@ -78,10 +78,19 @@ class Sketch:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A part of decoded vectors: factors (B, G, T) times coefficients (B, G, T, w), both float32."""
+    """A part of decoded vectors: factors (B, G, T) times coefficients (B, G, T, w), both float32.
+
+    Attributes:
+        coefficients: In the term's basis.
+        factors: One for each token; None for 1.
+    """
 
     coefficients: Tensor
-    factors: Tensor
+    factors: Tensor | None
+
+    def whole(self) -> Term:
+        """The same with the factors multiplied in."""
+        return self if self.factors is None else Term(self.coefficients * self.factors[..., None], None)
 
 
 class Codec(Protocol):

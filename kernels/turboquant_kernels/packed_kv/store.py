@@ -134,7 +134,7 @@ class Reading:
             for i in range(0, start, step):
                 part = slice(i, min(i + step, start))
                 terms = half.terms(part.start, part.stop)
-                rows = [(term.coefficients * term.factors[..., None])[:, :, None] for term in terms]
+                rows = [term.whole().coefficients[:, :, None] for term in terms]
                 out[:, :, part] = half.codec.restore(rows)[:, :, 0].to(out.dtype)
             out.index_copy_(2, self.raw_tokens[kept], raw.index_select(2, kept))
             if self.sinks:
@@ -466,7 +466,7 @@ class PackedKV:
                 return
             self._fit(half, x, start)
         batch, heads, count, dim = x.shape
-        at_once = _ENCODED_AT_ONCE.get(x.device.type, 1 << 22) // (batch * heads * dim)
+        at_once = _ENCODED_AT_ONCE.get(x.device.type, _ENCODED_AT_ONCE["cpu"]) // (batch * heads * dim)
         at_once = max(BLOCK, at_once // BLOCK * BLOCK)
         for i in range(0, count, at_once):
             codes, scales = half.codec.encode(x[:, :, i : i + at_once])
