@@ -208,8 +208,9 @@ class CodecLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
-        self.held, self.compressed_tokens = None, 0
+        self.keys = self.values = self.held = None
+        self.compressed_tokens = 0
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: blocks of codes cannot be cut at any token."""

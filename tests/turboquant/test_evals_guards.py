@@ -1,5 +1,6 @@
 """Is every way in which cache evaluations have fooled themselves seen, and a good run left alone?"""
 
+import copy
 import functools
 
 import numpy as np
@@ -18,7 +19,7 @@ from evals_material import (
 )
 from transformers.cache_utils import DynamicCache
 
-from turboquant.evals.arms import Arm, arm
+from turboquant.evals.arms import Arm, arm, arms
 from turboquant.evals.guards import (
     GuardError,
     check_growth,
@@ -216,3 +217,15 @@ def test_every_tensor_that_can_be_reached_counts_once():
     assert reachable_bytes(thing) == expected
     assert reachable_bytes(thing, [x, *module.parameters()]) == expected - 4 * (100 + 8)
     assert len(tensors_of([x, x])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_lower_precision_pass(dtype):
+    """Rounding of what is read to the model's type is no fault."""
+    model = copy.deepcopy(tiny()).to(dtype)
+    names = ["fp8", "int4", "kivi2", "tq4", "tq8", "tq2.5", "tq3-prod"]
+    records = intact(niah(model, tokenizer(), arms(names, window=16), context=600, trials=2, text=TEXT))
+    assert len(records) == 2 * 8
+    exact, fp8 = (next(r for r in records if r.arm == name) for name in ("exact", "fp8"))
+    assert exact.stored_bits == 16
+    assert fp8.stored_bits == pytest.approx((584 * (8 + 16 / DIM) + 16 * 16) / 600)

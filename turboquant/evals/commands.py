@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -437,8 +438,6 @@ def _session(
 ) -> Iterator[_Session]:
     """Load what a command asks for; what a user can mend becomes one line on stderr and exit code 1."""
     try:
-        import torch
-
         from turboquant.evals.arms import arms
         from turboquant.evals.models import load_model
 
@@ -458,7 +457,11 @@ def _session(
             "device": loaded[0].device.type,
         }
         yield _Session(loaded, about, chosen, written)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ValueError(
+                "the uncompressed model runs out of memory: give --batch 1, or shorter contexts"
+            )
         _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -161,7 +161,7 @@ def check_needles(name: str, coded: Tensor, spans: Sequence[Sequence[tuple[int, 
     Raises:
         GuardError: No layer holds codes, or a needle has a token that a compressed layer reads raw.
     """
-    everywhere = coded[check_compressed(name, coded)].all(dim=0)
+    everywhere = coded[check_compressed(name, coded)].all(dim=0).cpu()
     for row, needles in zip(everywhere, spans, strict=True):
         for start, stop in needles:
             if not row[start:stop].all():
@@ -199,10 +199,7 @@ def check_queries(queries: Tensor, keys: Tensor) -> None:
     Raises:
         GuardError: A query equals a key to the bit.
     """
-    # A random projection in float64 stands for the vector: equal vectors have equal ones, others do not.
-    generator = torch.Generator().manual_seed(queries.shape[-1])
-    probe = torch.randn(queries.shape[-1], generator=generator, dtype=torch.float64).to(queries.device)
-    if torch.isin(queries.double() @ probe, keys.double() @ probe).any():
+    if torch.isin(_fingerprints(queries), _fingerprints(keys)).any():
         raise GuardError(
             "a query equals a key to the bit: attention of keys to keys says nothing about queries"
         )
@@ -270,6 +267,15 @@ def check_law(
             f"{name}: its keys and values miss the law of their quantizer by {mean:+.3f} of their energy "
             f"(at most {margin:.3f}): levels scaled for another dimension, or a wrong norm"
         )
+
+
+def _fingerprints(x: Tensor) -> Tensor:
+    """A 64-bit number a vector, equal for equal bits: sums of integers do not depend on their order."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.dtype.itemsize]
+    bits = x.contiguous().view(whole).long()
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    weights = torch.randint(-(2**62), 2**62, (x.shape[-1],), generator=generator).to(x.device)
+    return (bits * weights).sum(-1)
 
 
 def _storage_bytes(held: Tensor | np.ndarray[Any, Any], seen: set[object]) -> int:

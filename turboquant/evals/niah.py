@@ -140,7 +140,8 @@ def text_ids(tokenizer: Any, text: str | None) -> Tensor:
 
 def tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a piece of text, without special tokens."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    # Quietly: a whole text is longer than any model's context, and stretches of it are not.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids
 
 
@@ -174,8 +175,10 @@ def _batch(
     depths: Sequence[float] | None,
     seed: int,
 ) -> Iterator[Trial]:
-    prefix = prefill(model, [torch.cat([head, stack.prefix]) for stack in stacks])
     suffix, keep = suffixes(stacks)
+    whole = [torch.cat([head, stack.prefix]) for stack in stacks]
+    prefix = prefill(model, whole)
+    digests = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in whole]
     spans = [[(a + len(head), b + len(head)) for a, b in stack.needles] for stack in stacks]
     for arm, scored, _ in each_arm(arms, model, prefix, suffix, seed=seed, keep=keep):
         found = scored
@@ -203,5 +206,5 @@ def _batch(
                 hits=hits,
                 nll=nll,
                 needle_start=spans[row][0][0],
-                haystack=hashlib.sha256(prefix.ids[row].cpu().numpy().tobytes()).hexdigest()[:16],
+                haystack=digests[row],
             )

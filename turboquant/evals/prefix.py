@@ -178,11 +178,14 @@ def batch_rows(model: Any, context: int) -> int:
         return max(1, min(MOST_ROWS, CPU_TOKENS // context))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    raw = 2 * config.num_hidden_layers * heads * dim * context * model.dtype.itemsize
+    size = model.dtype.itemsize
+    raw = 2 * config.num_hidden_layers * heads * dim * context * size
     # Two raw copies (the exact arm's is one), float32 work on a layer, and the activations of the prefill.
-    row = 2 * raw + 64 * heads * dim * context + 16 * config.hidden_size * context * model.dtype.itemsize
+    wide = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    row = 2 * raw + 64 * heads * dim * context + wide * context * size
     free, _ = torch.cuda.mem_get_info(model.device)
-    return int(max(1, min(MOST_ROWS, 0.7 * free // row)))
+    # In one forward, a prefill needs no mask, which lets it take the fastest kernel.
+    return int(max(1, min(MOST_ROWS, FORWARD_TOKENS // context, 0.7 * free // row)))
 
 
 @torch.no_grad()

@@ -1,0 +1,51 @@
+"""Are models with sliding, linear and capped attention evaluated on their full-attention layers alone?"""
+
+import pytest
+import torch
+from tiny_models import MODELS, prompt
+
+from turboquant.evals.arms import arms
+from turboquant.evals.fidelity import compare, observe
+from turboquant.evals.prefix import Scored, each_arm, prefill
+
+SERVED = [name for name in MODELS if name != "gemma2"]
+"""Gemma2 caps its scores, which sdpa does not; its own attention function does."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_uncompressed_arm_is_the_model_and_the_others_are_not_broken(name):
+    model = MODELS[name]()
+    if name not in SERVED:
+        model.set_attn_implementation("eager")
+    ids = prompt(2, 160)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits[:, 150:]
+    found = {}
+    prefix = prefill(model, ids[:, :150])
+    for arm, scored, exact in each_arm(
+        arms(["int4", "tq4"], window=16), model, prefix, ids[:, 150:], seed=0, step=5
+    ):
+        assert isinstance(scored, Scored), scored
+        found[arm.name] = scored
+        assert torch.allclose(exact.logits, plain, atol=2e-4)
+    errors = {name: float((one.logits - plain).square().mean()) for name, one in found.items()}
+    assert errors["exact"] < 1e-6 < min(errors["int4"], errors["tq4"])
+    full = [i for i, layer in enumerate(prefix.cache.layers) if i in prefix.layers]
+    assert sorted(found["tq4"].reading.coded) == full
+    if len(full) < model.config.num_hidden_layers:
+        assert full == [1]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_queries_of_full_attention_layers_are_observed(name):
+    model = MODELS[name]()
+    ids = prompt(1, 80)
+    prefix = prefill(model, ids[:, :70])
+    seen = observe(model, prefix, ids[:, 70:])
+    assert sorted(seen) == sorted(prefix.layers)
+    for given in seen.values():
+        assert given.queries.shape[2] == 10
+        assert given.keys.shape[2] == 80
+        same = compare(given, given.keys, given.values)
+        assert float(same["kl"].abs().max()) < 1e-6
+        assert float(same["top1"].min()) == 1
