@@ -50,6 +50,7 @@ _add("llama-1-layer", "LlamaConfig", "LlamaForCausalLM", head_dim=32, num_hidden
 _add("qwen2", "Qwen2Config", "Qwen2ForCausalLM")
 _add("qwen3", "Qwen3Config", "Qwen3ForCausalLM", head_dim=32)
 _add("mistral", "MistralConfig", "MistralForCausalLM", sliding_window=None)
+_add("mistral-sliding", "MistralConfig", "MistralForCausalLM", sliding_window=256)  # as long as the context
 _add("ministral", "MinistralConfig", "MinistralForCausalLM", head_dim=32, **MIXED)
 _add("qwen2-sliding", "Qwen2Config", "Qwen2ForCausalLM", use_sliding_window=True, **MIXED)
 _add("phi", "PhiConfig", "PhiForCausalLM", hidden_size=80, num_key_value_heads=4)

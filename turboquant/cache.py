@@ -21,8 +21,8 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     StaticCache,
-    StaticLayer,
 )
 
 from turboquant.codebook import Codebook, codebook, grid_codebook
@@ -336,13 +336,13 @@ class TurboQuantCache(Cache):
         self.prefill = prefill
         text = config.get_text_config(decoder=True)
         dim = _head_dim(text)
-        if capacity is None:
-            layers = list(DynamicCache(config=config).layers)
-        else:
+        layers = list(DynamicCache(config=config).layers)
+        compressed = _compressed(layers, text, self.profile)
+        if capacity is not None:
             layers = list(StaticCache(config=config, max_cache_len=capacity).layers)
         settings = _Settings(text, prefill, attend, dtype, None if device is None else torch.device(device))
         bits = self.profile.layer_bits(len(layers))
-        for i in _compressed(layers, self.profile):
+        for i in compressed:
             layers[i] = PackedLayer(_store(self.profile, bits[i], dim, i, capacity), settings)
         super().__init__(layers=layers, offloading=offloading)
 
@@ -490,9 +490,16 @@ def _head_dim(text: PretrainedConfig) -> int:
     return int(own[0])
 
 
-def _compressed(layers: Sequence[Any], profile: Profile) -> list[int]:
+def _compressed(layers: Sequence[Any], text: PretrainedConfig, profile: Profile) -> list[int]:
     """Numbers of the layers to compress."""
-    full = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, StaticLayer)]
+    context = getattr(text, "max_position_embeddings", None)
+
+    def attends_fully(layer: Any) -> bool:
+        # A sliding window as long as the context never slides (as of Ministral 8B).
+        slides = type(layer) is DynamicSlidingWindowLayer
+        return type(layer) is DynamicLayer or (slides and bool(context) and layer.sliding_window >= context)
+
+    full = [i for i, layer in enumerate(layers) if attends_fully(layer)]
     if not full:
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(

@@ -107,9 +107,13 @@ class HadamardRotation:
 
     def __init__(self, signs: Tensor) -> None:
         self.rounds, self.dim = signs.shape
-        self.signs = signs
         # One multiplication a round carries both the signs and the normalisation.
         self._factors = signs * torch.tensor(1.0 / math.sqrt(self.dim), dtype=torch.float32)
+
+    @property
+    def signs(self) -> Tensor:
+        """The signs of each round, (rounds, dim) float32."""
+        return self._factors.sign()
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate each vector of x, (..., dim) float32."""
@@ -125,7 +129,7 @@ class HadamardRotation:
 
     def to(self, device: torch.device | str) -> Self:
         """The same rotation for tensors on another device."""
-        return self if self.signs.device == torch.device(device) else type(self)(self.signs.to(device))
+        return self if self._factors.device == torch.device(device) else type(self)(self.signs.to(device))
 
 
 class IdentityRotation:

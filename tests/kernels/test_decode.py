@@ -187,6 +187,25 @@ def test_after_a_crop_encoded_tokens_are_read_from_codes() -> None:
             assert (attend(query[:, :, part], reading, scale=SCALE).double() - expected).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_tokens_that_were_removed_leave_nothing(capacity: int | None) -> None:
+    total = 60
+    query, keys, values = (normal(B, heads, total, D, seed=s) for heads, s in ((H, 1), (G, 2), (G, 3)))
+    found = []
+    for spoiled in (False, True):
+        kv = PackedKV(codec("mse"), codec("mse"), window=8, sinks=2, capacity=capacity)
+        kv.update(keys[:, :, :40], values[:, :, :40])
+        rest = torch.full_like(keys[:, :, 40:], torch.nan) if spoiled else keys[:, :, 40:]
+        kv.update(rest, rest)
+        kv.crop(20)
+        kv.update(keys[:, :, 40:50], values[:, :, 40:50])
+        part = slice(50, 51)
+        reading = kv.update(keys[:, :, part], values[:, :, part])
+        found.append(attend(query[:, :, part], reading, scale=SCALE))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [16, 4096])
 def test_additive_and_per_head_masks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_BAND", rows)

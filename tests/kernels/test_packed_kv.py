@@ -173,6 +173,18 @@ class TestCodes:
         assert term.factors.isnan().nonzero().tolist() == [[0, 0, 1]]
         assert term.coefficients.isfinite().all()
 
+    def test_small_norms_keep_what_fp16_keeps(self) -> None:
+        keys, _ = tokens(20)
+        keys /= keys.norm(dim=-1, keepdim=True)
+        made = codec(8)
+        for norm in (1e-3, 1e-6, 1e-9, 1e-30):
+            (term,) = made.terms(*made.encode(keys * norm))
+            decoded = made.restore([term.whole().coefficients[:, :, None]])[:, :, 0]
+            # fp16 keeps 2^-11 of a normal number, and 2^-25 below those; 8 bits cost .0065 (root mean square).
+            error = (decoded - keys * norm).norm(dim=-1).square().mean().sqrt()
+            assert error <= 0.01 * norm + 2.0**-25
+        assert (decoded == 0).all()
+
     def test_split_rotates_each_part_in_its_own_dimension(self) -> None:
         """Planted: the codebook of a 4-channel part scaled for all 16, the fault of the released code."""
         made = codec(3.5)

@@ -89,7 +89,9 @@ def test_what_is_stored_is_what_is_read(
 @torch.no_grad()
 def test_layers_of_other_kinds_stay_transformers_own(case: tuple[PreTrainedModel, Tensor]) -> None:
     model, _ = case
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(model.model.layers)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is None or model.config.model_type == "mistral":
+        kinds = ["full_attention"] * len(model.model.layers)
     cache = TurboQuantCache(model.config, PROFILE)
     assert list(cache.packed) == [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     assert cache.packed
@@ -97,8 +99,9 @@ def test_layers_of_other_kinds_stay_transformers_own(case: tuple[PreTrainedModel
 
 def test_a_model_without_full_attention_is_refused() -> None:
     config = MistralConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, sliding_window=8
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, sliding_window=4096
     )
+    assert config.max_position_embeddings > 4096
     with pytest.raises(ValueError, match=r"no full-attention layer .*DynamicSlidingWindowLayer.* nothing to"):
         TurboQuantCache(config, PROFILE)
     with torch.device("meta"):

@@ -192,9 +192,13 @@ def _attend_raw(grouped: Tensor, reading: Reading, scores: _Scores, causal: bool
                 stop = whole
         for part in _chunks(start, stop, _columns_at_once(grouped, rows)):
             tokens = reading.raw_tokens[part]
+            values = reading.raw_values[:, :, part].float()
             conditions = []
             if not _all_held(reading):
-                conditions.append((tokens >= reading.raw_start) & (tokens >= 0))
+                held_rows = (tokens >= reading.raw_start) & (tokens >= 0)
+                conditions.append(held_rows)
+                # The remains of tokens that were removed must not count, whatever they are.
+                values = torch.where(held_rows[:, None], values, 0.0)
             if reading.sinks:
                 conditions.append(tokens >= _coded_from(reading))
             if banded:
@@ -203,7 +207,7 @@ def _attend_raw(grouped: Tensor, reading: Reading, scores: _Scores, causal: bool
                 conditions.append(tokens <= numbers[rows, None])
             found = scores([(grouped[..., rows, :], reading.raw_keys[:, :, part].float(), None)])
             found = scores.masked(found, rows, tokens.clamp(min=0), _all(conditions))
-            stream.fold(rows, found, [(reading.raw_values[:, :, part].float(), None)])
+            stream.fold(rows, found, [(values, None)])
     return stream
 
 

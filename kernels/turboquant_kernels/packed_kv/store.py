@@ -239,6 +239,8 @@ class PackedKV:
             ]
             halves.append(Half(codec.to(device), side, words, scales, *raw))
         self._halves = (halves[0], halves[1])
+        if self.first is not None:
+            self.first = self.first.to(device)
         if self.capacity is not None:
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.encoded = torch.zeros((), dtype=torch.int64, device=device)
@@ -260,7 +262,8 @@ class PackedKV:
         """
         if not self.padding_open:
             raise ValueError("padding can only be stated before the first tokens: reset the cache first")
-        self.first = first
+        here = None if self._halves is None else self._halves[0].recent.device
+        self.first = first if first is None or here is None else first.to(here)
         self._padding = (0, 0) if first is None else (int(first.min()), int(first.max()))
 
     @torch.no_grad()
