@@ -180,7 +180,7 @@ class TestCodes:
         for norm in (1e-3, 1e-6, 1e-9, 1e-30):
             (term,) = made.terms(*made.encode(keys * norm))
             decoded = made.restore([term.whole().coefficients[:, :, None]])[:, :, 0]
-            # fp16 keeps 2^-11 of a normal number, and 2^-25 below those; 8 bits cost .0065 (root mean square).
+            # fp16 keeps 2^-11 of a normal number, 2^-25 below those; 8 bits cost .0065 (root mean square).
             error = (decoded - keys * norm).norm(dim=-1).square().mean().sqrt()
             assert error <= 0.01 * norm + 2.0**-25
         assert (decoded == 0).all()
