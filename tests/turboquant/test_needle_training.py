@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from turboquant import needle
 from turboquant.needle import corpus, measure, tasks, train
@@ -195,6 +197,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "cut")
     assert not (tmp_path / "cut/card.json").exists()
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"checkpoint.safetensors"}
     run(folder, tmp_path / "cut")
     assert len(calls) == 5
     assert json.loads((tmp_path / "cut/card.json").read_text())["weights"] == card["weights"]
@@ -203,6 +206,41 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(
             f"--stages 260:1,520:1 --tokens 520 --steps 2,3 --out {tmp_path / 'cut'} --text {folder} "
             "--workers 0 --device cpu".split()
         )
+
+
+def test_a_checkpoint_has_all_that_training_goes_on_from(tmp_path: Path) -> None:
+    def learn(of: train.Trainee, seed: int) -> None:
+        ids = torch.randint(3, 259, (65,), generator=torch.Generator().manual_seed(seed))
+        kinds = torch.full((64,), corpus.TEXT, dtype=torch.uint8)
+        of.step(of.loss(ids[:-1], ids[1:], kinds, of.angles(64, 1), 64)[0], 1e-3)
+
+    path = tmp_path / "checkpoint.safetensors"
+    first, second, fresh = trainee(0), trainee(1), trainee(2)
+    learn(first, 0)
+    facts = {"plan": {"steps": [2], "share": 0.1}, "history": [{"text": 1 / 3}]}
+    first.save(path, facts)
+    assert second.restore(path, facts["plan"]) == facts
+    fresh.model.load_state_dict(first.model.state_dict())  # the same, but for what the optimizer knows
+    for each in (first, second, fresh):
+        learn(each, 1)
+    weights = [each.model.model.layers[2].mlp.up_proj.weight for each in (first, second, fresh)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    with pytest.raises(ValueError, match="of another run"):
+        second.restore(path, {"steps": [3]})
+
+
+def test_the_attention_kernel_is_chosen_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def once(run: Callable[[], object], _: int) -> float:
+        run()
+        return 0.001
+
+    monkeypatch.setattr(train, "timed", once)
+    plan = train.Plan(stages=((128, 1.0),), tokens=128, steps=[1])
+    assert train.choose_backend(plan, torch.device("cpu")) is SDPBackend.FLASH_ATTENTION
+    assert "CUDNN_ATTENTION is not available" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

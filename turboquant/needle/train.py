@@ -4,8 +4,9 @@
     python -m turboquant.needle.train --out FOLDER --steps 4000,1200,500,700
 
 With --minutes it times a few steps of every stage first and from then on takes a fixed number of steps; the
-card has the --steps that repeat the run. A run that was cut short goes on from FOLDER/checkpoint.pt when
-started again with the same arguments. The weights are written before they are measured.
+card has the --steps that repeat the run. A run that was cut short goes on from
+FOLDER/checkpoint.safetensors when started again with the same arguments. The weights are written before
+they are measured.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -204,6 +207,44 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         return size
 
+    def save(self, path: Path, facts: dict[str, Any]) -> None:
+        """Write parameters, what the optimizer knows of each, and facts (as JSON) to one safetensors file."""
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model/{name}"] = parameter.detach()
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        fresh = path.with_suffix(".new")
+        save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
+        # A run that is cut while it writes keeps the checkpoint before.
+        os.replace(fresh, path)
+
+    @torch.no_grad()
+    def restore(self, path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+        """Take up the state that `save` wrote; return its facts.
+
+        Args:
+            path: the file.
+            plan: what the facts must have as "plan".
+
+        Raises:
+            ValueError: if they have another.
+        """
+        with safe_open(path, framework="pt", device=str(self.model.device)) as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            if facts["plan"] != plan:
+                raise ValueError(
+                    f"{path} is of another run, {facts['plan']}, than the one asked for, {plan}; "
+                    "give the same arguments, or another --out"
+                )
+            parameters = dict(self.model.named_parameters())
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                kind, name = key.split("/", 1)
+                if kind == "model":
+                    parameters[name].copy_(file.get_tensor(key))
+                else:
+                    self.optimizer.state[parameters[name]][kind] = file.get_tensor(key).clone()
+        return facts
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, length: int, backend: SDPBackend | None) -> Tensor:
     """Causal attention within every sequence: q (N, 4, 128), k and v (N, 2, 128) to (N, 512)."""
@@ -229,7 +270,7 @@ def choose_backend(plan: Plan, device: torch.device) -> SDPBackend:
 
         def run(backend: SDPBackend = backend, leaves: list[Tensor] = leaves) -> list[Tensor]:
             out = attend(leaves[0], leaves[1], leaves[2], length, backend)
-            return [out, *torch.autograd.grad(out, leaves, weight)]
+            return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
         try:
             found = run()
@@ -296,7 +337,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """Run the stages, from the checkpoint if there is one; return what each stage's last steps reached."""
     device = trainee.model.device
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = out / "checkpoint.safetensors"
     described = {
         "seed": seed,
         "stages": [list(s) for s in plan.stages],
@@ -306,28 +347,12 @@ def train(
     first_stage = first_step = 0
     history: list[dict[str, Any]] = []
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["plan"] != described:
-            raise ValueError(
-                f"{checkpoint} is of another run, {saved['plan']}, than the one asked for, {described}; "
-                "give the same arguments, or another --out"
-            )
-        trainee.model.load_state_dict(saved["model"])
-        trainee.optimizer.load_state_dict(saved["optimizer"])
+        saved = trainee.restore(checkpoint, described)
         first_stage, first_step, history = saved["stage"], saved["step"], saved["history"]
         say(f"going on from stage {first_stage}, step {first_step}")
 
     def save(stage: int, step: int) -> None:
-        state = {
-            "plan": described,
-            "model": trainee.model.state_dict(),
-            "optimizer": trainee.optimizer.state_dict(),
-            "stage": stage,
-            "step": step,
-            "history": history,
-        }
-        torch.save(state, checkpoint.with_suffix(".new"))
-        os.replace(checkpoint.with_suffix(".new"), checkpoint)
+        trainee.save(checkpoint, {"plan": described, "stage": stage, "step": step, "history": history})
 
     for stage in range(first_stage, len(plan.stages)):
         length, rows, steps = plan.stages[stage][0], plan.rows(stage), plan.steps[stage]
