@@ -86,8 +86,13 @@ def render(card: dict[str, Any]) -> str:
         "",
         *weaknesses(card.get("retrieval", [])),
         "- Files are held out whole, but at random: packages repeat each other, so a held-out file may have "
-        "near copies in training. That row is no measure of how the model reads text of another kind; "
-        "*evaluation* is: prose of which no training file has more than two lines.",
+        "near copies in training, and that row does not show how the model reads text that is new to it. "
+        "*evaluation* does: prose of which no training file has more than two lines.",
+        *(
+            ["- *sources of this project* is the Python of this repository, which training did not read."]
+            if "sources of this project" in card.get("bits_per_byte", {})
+            else []
+        ),
         "- It writes no useful text and follows no instruction but the questions of `tasks.py`.",
         f"- Positions past {card['context']:,} were never trained.",
         "- A figure of a cache measured on it says what the cache loses on this model; other models differ.",
