@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -311,22 +311,37 @@ def _compute(model_folder: Path, texts: Sequence[str], form: Representation, pro
     model = AutoModel.from_pretrained(model_folder, local_files_only=True, dtype=torch.float32).eval()
     tokens = tokenizer(list(texts), truncation=True, max_length=CONTEXT)["input_ids"]
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
+    batches = []
+    while order:
+        size = max(1, TOKENS_A_BATCH // len(tokens[order[0]]))
+        batches.append(order[:size])
+        order = order[size:]
     out = torch.empty(len(texts), 384 * len(form.parts))
+
+    @torch.inference_mode()
+    def embedded(batch: list[int]) -> int:
+        width = max(len(tokens[i]) for i in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, : len(tokens[i])] = torch.tensor(tokens[i])
+            mask[row, : len(tokens[i])] = 1
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        pooled = [_pooled(states[layer], mask[..., None], pooling) for layer, pooling in form.parts]
+        out[torch.tensor(batch)] = normalize(torch.cat(pooled, dim=1), dim=1)
+        return len(batch)
+
+    # Every core, as other test workers that need the embeddings are waiting; but a batch to a thread, since
+    # threads that share an operation spin while one of them waits for a core that something else holds.
+    threads = torch.get_num_threads()
     done = 0
-    with torch.inference_mode(), _all_cores():
-        while done < len(order):
-            batch = order[done : done + max(1, TOKENS_A_BATCH // len(tokens[order[done]]))]
-            width = max(len(tokens[i]) for i in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, : len(tokens[i])] = torch.tensor(tokens[i])
-                mask[row, : len(tokens[i])] = 1
-            states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-            pooled = [_pooled(states[layer], mask[..., None], pooling) for layer, pooling in form.parts]
-            out[torch.tensor(batch)] = normalize(torch.cat(pooled, dim=1), dim=1)
-            done += len(batch)
-            progress(done, len(order))
+    try:
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for size in pool.map(embedded, batches):
+                done += size
+                progress(done, len(texts))
+    finally:
+        torch.set_num_threads(threads)
     return out
 
 
@@ -335,17 +350,6 @@ def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "mean":
         return (states * mask).sum(1) / mask.sum(1)
     return states.masked_fill(mask == 0, -torch.inf).amax(1)
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Use every core: other test workers that need the embeddings are waiting for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, os.cpu_count() or 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _print_progress(done: int, total: int) -> None:
