@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,17 +18,22 @@ PACKAGES = ("turboquant", "turboquant_kernels", "turboquant_claims")
 VERSIONS = ("turboquant-claims", "torch", "numpy", "scipy", "triton", "transformers", "faiss-cpu", "pytest")
 
 
+def digest_of_sources(folders: Mapping[str, Path]) -> bytes:
+    """SHA-256 over the Python sources of packages, by name and folder."""
+    digest = hashlib.sha256()
+    for package, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.digest()
+
+
 @lru_cache
 def _sources() -> bytes:
-    """SHA-256 over the Python sources of our packages, found without importing them."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            for path in sorted(Path(folder).rglob("*.py")):
-                digest.update(f"{package}/{path.relative_to(folder).as_posix()}\0".encode())
-                digest.update(path.read_bytes())
-    return digest.digest()
+    """Of our packages as installed, found without importing them."""
+    specs = {package: importlib.util.find_spec(package) for package in PACKAGES}
+    places = {name: spec.submodule_search_locations for name, spec in specs.items() if spec}
+    return digest_of_sources({name: Path(folders[0]) for name, folders in places.items() if folders})
 
 
 def code_fingerprint(check: Path, subject: object = None) -> str:
