@@ -1,0 +1,481 @@
+"""How fast is decoding attention over packed codes, against the best bf16 attention on the same device?
+
+    python -m turboquant_kernels.benchmarks.decode [--quick] [--sweep] [--anyway] [--seconds N] [--out DIR]
+
+Correctness comes first: nothing is timed for a configuration whose outputs are wrong. Inputs rotate among sets that
+together exceed the cache; launches are replayed from a graph; each shape's baseline is the fastest of SDPA (cuDNN,
+flash) and our own split bf16 kernel, timed beside it. Bandwidths are of the bytes a method must read; the copy's
+counts bytes read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from turboquant_kernels import registers
+from turboquant_kernels.benchmarks.bf16 import attend_bf16
+from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
+from turboquant_kernels.decode.launch import Settings, attend_codes, settings_for
+from turboquant_kernels.decode.unpack import level_table, table_tensor
+
+__all__ = ["LEVELS", "Packed", "main"]
+
+# Grid codebooks (L + 1/2) / scale of d = 128; what they are does not matter for time or for correctness.
+LEVELS: dict[int, tuple[tuple[int, ...], float]] = {
+    4: ((5, 16, 27, 39, 52, 67, 86, 113), 42.201364955897745),
+    3: ((13, 41, 73, 117), 55.098133541684106),
+    2: ((24, 81), 54.14607045503632),
+    1: ((31,), 39.40236316621111),
+}
+TOLERANCE = 1e-3
+CACHE_BYTES = 3e8  # several times the L2 cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoding step: batch, key and value heads, query rows a head, tokens held, head_dim."""
+
+    batch: int
+    heads: int
+    rows: int
+    tokens: int
+    dim: int = 128
+
+
+@dataclass
+class Packed:
+    """One layer's packed codes, and what is needed to read them."""
+
+    key_words: Tensor
+    value_words: Tensor
+    key_norms: Tensor
+    value_norms: Tensor
+    key_bits: int
+    value_bits: int
+    table: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that attention must read."""
+        return sum(t.nbytes for t in (self.key_words, self.value_words, self.key_norms, self.value_norms))
+
+    def attend(self, query: Tensor, **options: object) -> Tensor:
+        """Attention of one query a head over all tokens, unless options say otherwise."""
+        chosen: dict[str, object] = {
+            "queries_per_head": 1,
+            "length": self.key_norms.shape[-1],
+            "softmax_scale": query.shape[-1] ** -0.5,
+        } | options
+        return attend_codes(
+            query, self.key_words, self.value_words, self.key_norms, self.value_norms, self.table,
+            key_bits=self.key_bits, value_bits=self.value_bits, key_scale=LEVELS[self.key_bits][1],
+            value_scale=LEVELS[self.value_bits][1], **chosen,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, tokens, D) float64, decoded."""
+        out = []
+        for words, norms, bits, unpack in (
+            (self.key_words, self.key_norms, self.key_bits, registers.unpack_keys),
+            (self.value_words, self.value_norms, self.value_bits, registers.unpack_values),
+        ):
+            dim = words.shape[-1] // bits
+            codes = unpack(words, bits, dim).flatten(2, 3)
+            positive, scale = LEVELS[bits]
+            both = [-level - 0.5 for level in reversed(positive)] + [level + 0.5 for level in positive]
+            levels = torch.tensor(both, dtype=torch.float64, device=words.device) / (scale * math.sqrt(dim))
+            out.append(levels[codes] * norms.double()[..., None])
+        return out[0], out[1]
+
+
+def random_packed(shape: Shape, key_bits: int, value_bits: int, norm: float = 11.0) -> Packed:
+    """Every bit pattern is a code, so random words are random codes; norms near `norm` (keys) and 1 (values)."""
+    blocks = -(-shape.tokens // 32)
+    lead = (shape.batch, shape.heads)
+
+    def words(bits: int) -> Tensor:
+        return torch.randint(
+            -(2**31), 2**31, (*lead, blocks, shape.dim * bits), dtype=torch.int32, device="cuda"
+        )
+
+    def norms(around: float) -> Tensor:
+        return (around * (0.8 + 0.4 * torch.rand(*lead, 32 * blocks, device="cuda"))).half()
+
+    tables = [level_table(LEVELS[bits][0], bits) for bits in (key_bits, value_bits)]
+    table = table_tensor(tables[0], tables[1], torch.device("cuda"))
+    return Packed(words(key_bits), words(value_bits), norms(norm), norms(1.0), key_bits, value_bits, table)
+
+
+def exact(
+    packed: Packed, query: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Float64 attention over the decoded tokens, and sum p |v|; seen: (B, rows, tokens)."""
+    keys, values = (x.nan_to_num(0.0) for x in packed.dense())
+    scores = query.double() @ keys.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    p = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), dim=-1).nan_to_num(0.0)
+    return p @ values, (p * values.norm(dim=-1)[:, :, None]).sum(-1, keepdim=True)
+
+
+def error(packed: Packed, query: Tensor, *, queries: int = 1, length: int | None = None, moving: int = 0,
+          skipped: int = 0, first: Tensor | None = None, softcap: float | None = None, **options: object) -> float:  # fmt: skip
+    """Largest error of a row of outputs, divided by its sum p |v|."""
+    tokens = packed.key_norms.shape[-1]
+    length = tokens if length is None else length
+    scale = query.shape[-1] ** -0.5
+    place = torch.arange(tokens, device=query.device)
+    row = torch.arange(query.shape[2], device=query.device) % queries
+    begin = torch.full((query.shape[0],), skipped, device=query.device) + (0 if first is None else first)
+    for norms in (packed.key_norms, packed.value_norms):  # what nobody may see
+        norms[..., length + moving * (queries - 1) :] = math.nan
+        for i, number in enumerate(begin.tolist()):
+            norms[i, :, :number] = math.nan
+    seen = (place >= begin[:, None, None]) & (place < (length + moving * row)[None, :, None])
+    found = packed.attend(query, queries_per_head=queries, length=length, moving=moving, skipped=skipped, first=first,
+                          softcap=softcap, **options)  # fmt: skip
+    reference, total = exact(packed, query, seen, scale, softcap)
+    off = (found.double() - reference).norm(dim=-1, keepdim=True) / total.clamp_min(1e-300)
+    off = off.nan_to_num(torch.inf, torch.inf)
+    # A row that sees nothing must be exactly zero.
+    nothing = torch.where((found != 0).any(-1, keepdim=True), torch.inf, 0.0)
+    off = torch.where(total == 0, nothing, off)
+    return float(off.max())
+
+
+def checks(quick: bool) -> dict[str, Callable[[], float]]:
+    """Named correctness cases, each returning its error."""
+
+    def case(shape: Shape, key_bits: int, value_bits: int, **options: object) -> float:
+        packed = random_packed(shape, key_bits, value_bits)
+        query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
+        if "first" in options:
+            options["first"] = torch.tensor(options["first"], device="cuda")
+        return error(packed, query, **options)  # type: ignore[arg-type]
+
+    def dominant(bits: int, share: float, tokens: int) -> float:
+        """One token has about this share of the weight; the rest is spread over values that do not cancel."""
+        packed = random_packed(Shape(1, 2, 4, tokens), bits, bits)
+        packed.value_words.fill_(0x77777777)
+        keys, _ = packed.dense()
+        target = keys[:, :, tokens // 3].float()
+        gain = (
+            (math.log(tokens * share / (1 - share))) * math.sqrt(128) / target.square().sum(-1, keepdim=True)
+        )
+        query = (target * gain)[:, :, None] * torch.tensor([1.0, 0.9, 1.1, 1.3], device="cuda")[:, None]
+        return error(packed, query)
+
+    def equal(bits: int, tokens: int) -> float:
+        packed = random_packed(Shape(1, 1, 4, tokens), bits, bits)
+        packed.value_words.fill_(0x77777777)
+        return error(packed, torch.zeros(1, 1, 4, 128, device="cuda"))
+
+    def spike(bits: int, query_scale: float) -> float:
+        packed = random_packed(Shape(1, 2, 4, 8192), bits, bits)
+        packed.value_norms[..., 4001] = 1e4
+        packed.value_norms[..., 17] = 0.0
+        packed.key_norms[..., 18] = 0.0
+        return error(packed, query_scale * torch.randn(1, 2, 4, 128, device="cuda"))
+
+    def sharp(bits: int) -> float:
+        """Scores of hundreds: one token of each tile carries all its weight."""
+        packed = random_packed(Shape(1, 2, 4, 5000), bits, bits, norm=300.0)
+        return error(packed, 10 * torch.randn(1, 2, 4, 128, device="cuda"), length=4999)
+
+    def not_a_number() -> float:
+        """NaN in a query is NaN in its output and nowhere else."""
+        packed = random_packed(Shape(1, 2, 4, 1000), 4, 4)
+        query = torch.randn(1, 2, 4, 128, device="cuda")
+        clean = packed.attend(query)
+        query[0, 1, 2, 77] = math.nan
+        found = packed.attend(query)
+        hit = torch.isnan(found)
+        expected = torch.zeros_like(hit)
+        expected[0, 1, 2] = True
+        return 0.0 if torch.equal(hit, expected) and torch.equal(found[~hit], clean[~hit]) else math.inf
+
+    def by_tensor() -> float:
+        packed = random_packed(Shape(2, 2, 4, 3000), 4, 4)
+        query = torch.randn(2, 2, 4, 128, device="cuda")
+        one = packed.attend(query, length=2345)
+        other = packed.attend(query, length=45, length_tensor=torch.tensor(2300, device="cuda"))
+        return 0.0 if torch.equal(one, other) else math.inf
+
+    def repeatable() -> float:
+        packed = random_packed(Shape(2, 8, 4, 30000), 3, 3)
+        query = torch.randn(2, 8, 4, 128, device="cuda")
+        once = packed.attend(query)
+        return 0.0 if all(torch.equal(once, packed.attend(query)) for _ in range(5)) else math.inf
+
+    cases: dict[str, Callable[[], float]] = {}
+    for bits in ((4, 4), (3, 3), (2, 2), (4, 2), (1, 1)):
+        for tokens in (1, 33, 1000, 33333) if bits != (1, 1) else (1000,):
+            cases[f"k{bits[0]} v{bits[1]} tokens {tokens}"] = partial(
+                case, Shape(2, 2, 4, tokens), *bits, length=tokens
+            )
+    for rows in (1, 3, 7, 8, 16):
+        cases[f"rows {rows}"] = partial(case, Shape(1, 2, rows, 5000), 4, 4, length=4990)
+    cases["G 4, queries 8, moving"] = partial(
+        case, Shape(2, 2, 32, 700), 4, 4, queries=8, moving=1, length=650
+    )
+    cases["rows 2 queries 2 moving from 0"] = partial(
+        case, Shape(1, 2, 2, 64), 4, 4, queries=2, moving=1, length=0
+    )
+    cases["padding and sinks"] = partial(
+        case, Shape(3, 2, 4, 2000), 4, 4, first=[0, 777, 1995], skipped=4, length=1998
+    )
+    cases["all padding"] = partial(case, Shape(2, 2, 4, 640), 4, 4, first=[0, 640], length=640)
+    cases["empty"] = partial(case, Shape(1, 2, 4, 640), 4, 4, length=0)
+    cases["softcap"] = partial(case, Shape(1, 2, 4, 3000), 4, 4, softcap=3.0, length=2999)
+    for dim in (64, 256):
+        for bits in (4, 3, 2):
+            cases[f"d {dim} bits {bits}"] = partial(case, Shape(2, 2, 4, 3000, dim), bits, bits, length=2970)
+    cases["d 256 rows 8"] = partial(case, Shape(1, 2, 8, 3000, 256), 4, 4, length=2970)
+    for share in (0.5, 0.99):
+        cases[f"dominant {share}"] = partial(dominant, 4, share, 32768)
+    cases["dominant 2 bits"] = partial(dominant, 2, 0.5, 32768)
+    cases["equal"] = partial(equal, 4, 131072)
+    cases["one million"] = partial(equal, 2, 1 << 20)
+    cases["spike"] = partial(spike, 4, 1.0)
+    cases["spike, equal scores"] = partial(spike, 4, 0.0)
+    cases["sharp"] = partial(sharp, 4)
+    cases["NaN"] = not_a_number
+    cases["length on the device"] = by_tensor
+    cases["repeatable"] = repeatable
+    if quick:
+        return dict(itertools.islice(cases.items(), 0, None, 4))
+    return cases
+
+
+def baselines(shape: Shape) -> dict[str, Timing | str]:
+    """The same attention over bf16 keys and values."""
+    size = 4 * shape.batch * shape.heads * shape.tokens * shape.dim
+    sets = max(1, math.ceil(CACHE_BYTES / size))
+    lead = (shape.batch, shape.heads, shape.tokens, shape.dim)
+    data = [
+        tuple(torch.randn(lead, dtype=torch.bfloat16, device="cuda") for _ in range(2)) for _ in range(sets)
+    ]
+    query = torch.randn(
+        shape.batch, shape.heads * shape.rows, 1, shape.dim, dtype=torch.bfloat16, device="cuda"
+    )
+    grouped = query.view(shape.batch, shape.heads, shape.rows, shape.dim)
+    found: dict[str, Timing | str] = {}
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        try:
+            with sdpa_kernel(backend):
+                found[name] = time_launches(
+                    [partial(F.scaled_dot_product_attention, query, k, v, enable_gqa=True) for k, v in data]
+                )
+        except Exception as problem:
+            found[name] = str(problem).splitlines()[0][:90]
+    for tile, stages, programs in ((64, 3, 2), (64, 2, 4), (128, 2, 2), (32, 4, 4)):
+        name = f"split {tile}/{stages}/{programs}"
+        try:
+            found[name] = time_launches(
+                [
+                    partial(attend_bf16, grouped, k, v, tile=tile, stages=stages, programs=programs)
+                    for k, v in data
+                ]
+            )
+        except Exception as problem:
+            found[name] = str(problem).splitlines()[0][:90]
+    return found
+
+
+def time_packed(shape: Shape, key_bits: int, value_bits: int, settings: Settings) -> tuple[Timing, int]:
+    """Time one configuration; also the bytes it reads."""
+    packed = random_packed(shape, key_bits, value_bits)
+    sets = [packed]
+    while sum(p.nbytes for p in sets) < CACHE_BYTES:
+        sets.append(replace(random_packed(shape, key_bits, value_bits), table=packed.table))
+    query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
+    timing = time_launches([partial(p.attend, query, length=shape.tokens, settings=settings) for p in sets])
+    return timing, packed.nbytes
+
+
+SHAPES = [
+    Shape(8, 8, 4, 32768),
+    Shape(1, 8, 4, 131072),
+    Shape(1, 8, 4, 8192),
+    Shape(1, 8, 4, 32768),
+    Shape(8, 8, 8, 32768),
+    Shape(1, 4, 7, 131072),
+]
+OTHER_SHAPES = [
+    Shape(1, 8, 1, 32768),
+    Shape(1, 8, 16, 32768),
+    Shape(1, 8, 4, 32768, 64),
+    Shape(1, 8, 4, 32768, 256),
+    Shape(32, 8, 4, 8192),
+]
+BITS = [(4, 4), (3, 3), (2, 2), (4, 2)]
+
+
+def sweep_settings(shape: Shape, key_bits: int, value_bits: int) -> list[Settings]:
+    """Settings worth trying beside the chosen one."""
+    chosen = settings_for(shape.rows, shape.dim, key_bits, value_bits)
+    tried = {
+        4: [(1, 4, 128, 4), (2, 4, 128, 4), (1, 4, 96, 5), (2, 4, 160, 3), (1, 8, 128, 2), (1, 2, 128, 8)],
+        8: [(1, 4, 160, 3), (1, 4, 128, 4), (2, 4, 168, 3), (2, 4, 224, 2)],
+        16: [(1, 4, 224, 2), (1, 4, 168, 3)],
+    }[chosen.queries]
+    return [Settings(chosen.queries, *rest) for rest in tried]
+
+
+def build(job: tuple[int, int, int, Settings, bool]) -> str | None:
+    """Compile one kernel into the cache without a device; returns what went wrong."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from turboquant_kernels.decode.sm90 import source_for
+
+    key_bits, value_bits, dim, how, softcap = job
+    try:
+        source = source_for(
+            KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
+            WARPS=how.warps, SOFTCAP=softcap, DEPENDENTS=True,
+        )  # fmt: skip
+        options = {"num_warps": how.warps, "maxnreg": how.registers}
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as problem:
+        return f"{job}: {problem}"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, then time, then print a table; the exit status says whether every check passed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the checks")
+    parser.add_argument("--sweep", action="store_true", help="also time other settings")
+    parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no timing after this")
+    parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")
+    chosen = parser.parse_args(arguments)
+    began = time.monotonic()
+    records: list[dict[str, object]] = []
+
+    def note(text: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+    shapes = SHAPES + ([] if chosen.quick else OTHER_SHAPES)
+
+    def settings(shape: Shape, k: int, v: int) -> list[Settings]:
+        tried = sweep_settings(shape, k, v) if chosen.sweep and k == v and shape in SHAPES else []
+        return [settings_for(shape.rows, shape.dim, k, v), *tried]
+
+    jobs = {
+        (k, v, shape.dim, how, False) for shape in shapes for k, v in BITS for how in settings(shape, k, v)
+    }
+    checked = [
+        Shape(1, 1, rows, 1, dim)
+        for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 256), (8, 256))
+    ]
+    jobs |= {
+        (bits, bits, shape.dim, settings_for(shape.rows, shape.dim, bits, bits), cap)
+        for shape in checked
+        for bits in (1, 2, 3, 4)
+        for cap in (False, True)
+        if bits > 1 or shape == checked[0]
+        if not cap or (bits == 4 and shape == checked[0])
+    }
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        problems = [p for p in pool.map(build, sorted(jobs, key=str)) if p]
+    note(f"{len(jobs)} kernels compiled, {len(problems)} not")
+    for problem in problems:
+        print(problem[:300])
+
+    torch.manual_seed(0)
+    # torch.empty then hands out NaN, so that what a kernel leaves unwritten shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    wrong = []
+    worst = 0.0
+    for name, check in checks(chosen.quick).items():
+        try:
+            off = check()
+        except Exception:
+            off = math.inf
+            print(f"{name}: {traceback.format_exc()[-1500:]}", flush=True)
+        records.append({"check": name, "error": off})
+        worst = max(worst, off)
+        if not off <= TOLERANCE:
+            wrong.append(name)
+            note(f"WRONG {name}: {off:.2e}")
+        torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(False)
+    note(f"{len(records)} checks, {len(wrong)} wrong, worst error {worst:.1e} of sum p |v|")
+
+    if wrong and not chosen.anyway:
+        print("nothing is timed while outputs are wrong:", ", ".join(wrong))
+        return 1
+
+    copied = copy_bandwidth()
+    lines = []
+    for shape in shapes:
+        if time.monotonic() - began > chosen.seconds:
+            note(f"{shape} left out: no time left")
+            continue
+        base = baselines(shape)
+        timed = {name: t for name, t in base.items() if isinstance(t, Timing)}
+        best = min(timed, key=lambda name: timed[name].p50)
+        reads = 4 * shape.batch * shape.heads * shape.tokens * shape.dim
+        rate = reads / timed[best].p50 * 1e6
+        records.append(
+            {
+                "shape": asdict(shape),
+                "baselines": {n: t if isinstance(t, str) else asdict(t) for n, t in base.items()},
+            }
+        )
+        lines.append(
+            f"{shape.batch:2} x {shape.heads} heads x {shape.rows:2} rows x {shape.tokens:6} d {shape.dim:3}  "
+            f"bf16 {best:13} {timed[best].p50:8.1f} us {rate / 1e9:5.0f} GB/s {rate / copied:4.0%}"
+        )
+        for k, v in BITS:
+            for number, how in enumerate(settings(shape, k, v)):
+                if time.monotonic() - began > chosen.seconds:
+                    break
+                try:
+                    took, size = time_packed(shape, k, v, how)
+                except Exception as problem:
+                    note(f"{shape} k{k} v{v} {how}: {str(problem)[:200]}")
+                    continue
+                records.append(
+                    {"shape": asdict(shape), "bits": [k, v], "settings": asdict(how), "time": asdict(took)}
+                )
+                what = (
+                    f"  {how.subs} subs {how.warps} warps {how.registers} registers {how.programs} programs"
+                )
+                lines.append(
+                    f"   k{k} v{v} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us {size / took.p50 / 1e3:5.0f} GB/s "
+                    f"{size / took.p50 * 1e6 / copied:4.0%}  x {timed[best].p50 / took.p50:.2f}"
+                    + (what if number else "")
+                )
+        note(f"{shape}: {best} {timed[best].p50:.1f} us")
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "decode.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (chosen.out / "decode.txt").write_text("\n".join(lines) + "\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
+    print("\n".join(lines))
+    print("wrong:", ", ".join(wrong) or "none")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

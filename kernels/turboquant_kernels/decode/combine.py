@@ -1,0 +1,59 @@
+"""How do the splits of a head become one output? A softmax over partial softmaxes, in plain Triton.
+
+    out = sum_s 2^(r_s - r) x_s / sum_s 2^(r_s - r) l_s,   r = max_s r_s
+
+with each split's sums x_s = sum p v and l_s = sum p relative to 2^(r_s).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["combine_splits"]
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def combine_splits(
+    partial_ptr, sums_ptr, out_ptr, splits, rows, factor,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one query row, for COLUMNS coordinates.
+
+    Program (head * rows + row, slice of coordinates), head counting over the batch.
+
+    Args:
+        partial_ptr: (heads, splits, rows, DIM) float32.
+        sums_ptr: (heads, splits, rows, 2) float32: r_s, l_s.
+        out_ptr: (heads, rows, DIM) float32 out; zero where no token was seen.
+        splits: Splits of a head.
+        rows: Query rows of a head.
+        factor: Of the result.
+        DIM: head_dim.
+        COLUMNS: Coordinates a program takes.
+        SPLITS: A power of two, at least `splits`.
+        AT_ONCE: Splits read at once, dividing SPLITS.
+        WAIT: Whether the launch does not wait by itself for the splits.
+    """
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    first = (row // rows).to(tl.int64) * splits * rows + row % rows
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.arange(0, SPLITS)
+    known = split < splits
+    references = tl.load(sums_ptr + 2 * (first + split * rows), mask=known, other=-1e30)
+    top = tl.max(references, 0)
+    sums = tl.load(sums_ptr + 2 * (first + split * rows) + 1, mask=known, other=0.0)
+    total = tl.sum(sums * tl.exp2(references - top), 0)
+    out = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.static_range(0, SPLITS, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)
+        known = split < splits
+        at = first + split * rows
+        shares = tl.exp2(tl.load(sums_ptr + 2 * at, mask=known, other=-1e30) - top)
+        part = tl.load(partial_ptr + at[:, None] * DIM + column[None, :], mask=known[:, None], other=0.0)
+        out += tl.sum(part * shares[:, None], 0)
+    # NaN in the sums stays: only a total of exactly zero means that nothing was seen.
+    out = tl.where(total == 0.0, 0.0, out * factor / total)
+    tl.store(out_ptr + row.to(tl.int64) * DIM + column, out)

@@ -1,0 +1,141 @@
+"""Which kernel with which settings reads the codes of a layer, and how is it launched?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from turboquant_kernels.decode.combine import combine_splits
+from turboquant_kernels.decode.sm90 import attend_splits
+
+__all__ = ["Settings", "attend_codes", "settings_for"]
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the work is cut.
+
+    Attributes:
+        queries: Query rows a program takes: 4, 8 or 16.
+        subs: Blocks of 32 tokens a warp takes in one step.
+        warps: Warps a program has.
+        registers: Registers a thread may use.
+        programs: Programs a multiprocessor should run at once.
+    """
+
+    queries: int
+    subs: int
+    warps: int
+    registers: int
+    programs: int
+
+
+def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int) -> Settings:
+    """Settings measured to be good.
+
+    Args:
+        rows: Query rows that share a key and value head.
+        head_dim: 64, 128 or 256.
+        key_bits: Bits a key code.
+        value_bits: Bits a value code.
+
+    Returns:
+        Settings for an H100 or H200.
+    """
+    queries = 4 if rows <= 4 else 8 if rows <= 8 else 16
+    registers = {4: 128, 8: 160, 16: 224}[queries]
+    if head_dim == 256:
+        registers = {4: 168, 8: 224, 16: 255}[queries]
+    subs = 2 if queries == 4 and head_dim <= 128 and max(key_bits, value_bits) == 2 else 1
+    return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
+
+
+def attend_codes(
+    query: Tensor,
+    key_words: Tensor,
+    value_words: Tensor,
+    key_norms: Tensor,
+    value_norms: Tensor,
+    table: Tensor,
+    *,
+    key_bits: int,
+    value_bits: int,
+    key_scale: float,
+    value_scale: float,
+    softmax_scale: float,
+    queries_per_head: int,
+    length: int,
+    length_tensor: Tensor | None = None,
+    moving: int = 0,
+    skipped: int = 0,
+    first: Tensor | None = None,
+    softcap: float | None = None,
+    settings: Settings | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention over packed codes alone, in the rotated basis.
+
+    Args:
+        query: (B, G, rows, D), rotated, contiguous; a row is a query head and, fastest, one of its queries.
+        key_words: (B, G, blocks, D * key_bits) int32, contiguous.
+        value_words: (B, G, blocks, D * value_bits) int32, contiguous.
+        key_norms: (B, G, 32 * blocks) float16.
+        value_norms: (B, G, 32 * blocks) float16.
+        table: `unpack.table_tensor`.
+        key_bits: 1..4.
+        value_bits: 1..4.
+        key_scale: s of the keys' levels (L + 1/2) / s.
+        value_scale: s of the values' levels.
+        softmax_scale: Factor of scores.
+        queries_per_head: Rows of one query head.
+        length: Codes that the first query of a head sees end here.
+        length_tensor: () int64 on the device to add to it.
+        moving: 1 if each further query sees one code more.
+        skipped: Tokens after the padding that are not read.
+        first: (B,) int64: padding tokens of each row.
+        softcap: c of c tanh(s / c).
+        settings: How to cut the work.
+        splits: Programs a head.
+
+    Returns:
+        (B, G, rows, D) float32, rotated.
+    """
+    batch, heads, rows, dim = query.shape
+    blocks = key_words.shape[2]
+    how = settings or settings_for(rows, dim, key_bits, value_bits)
+    if splits is None:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        groups = -(-rows // how.queries)
+        steps = -(-blocks // (how.subs * how.warps))
+        splits = max(1, min(processors * how.programs // (batch * heads * groups), steps))
+    partial = torch.empty(batch, heads, splits, rows, dim, dtype=torch.float32, device=query.device)
+    sums = torch.empty(batch, heads, splits, rows, 2, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
+    root = math.sqrt(dim)
+    attend_splits[(splits, batch * heads, -(-rows // how.queries))](
+        query, key_words, value_words, key_norms, value_norms, table, first, length_tensor, partial,
+        sums, blocks, splits, heads, rows, queries_per_head, skipped, length, moving,
+        softmax_scale * LOG2_E / (key_scale * root), (softcap or 0.0) * LOG2_E,
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
+        WARPS=how.warps, SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps, maxnreg=how.registers,
+    )  # fmt: skip
+    combine(partial, sums, out, 1 / (value_scale * root))
+    return out
+
+
+def combine(partial: Tensor, sums: Tensor, out: Tensor, factor: float) -> None:
+    """Launch `combine_splits` so that its start overlaps the end of what is launched before it."""
+    batch, heads, splits, rows, dim = partial.shape
+    programs = batch * heads * rows
+    columns = 32 if programs <= 256 else min(dim, 128)
+    power = triton.next_power_of_2(splits)
+    combine_splits[(programs, dim // columns)](
+        partial, sums, out, splits, rows, factor, DIM=dim, COLUMNS=columns, SPLITS=power, AT_ONCE=min(power, 128),
+        WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""How do packed words become int8 levels? PTX for the fast kernels, one instruction text a bit width.
+
+`prmt` picks four bytes of a pair of registers by the four nibbles of a third: with the levels in the pair, a nibble of
+a packed word *is* the look-up. Its lowest three bits name one of eight bytes; its top bit asks for that byte's sign,
+eight times, so it is masked away, except where 4-bit codes use just that to negate: levels are L + 1/2, so -(L + 1/2)
+is (L xor -1) + 1/2. Where the bits lie is drawn in `turboquant_kernels.registers`.
+
+Integer instructions for 32 codes: 36 at 4 bits, 21 at 3, 18 at 2, 19 at 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["level_table", "table_tensor", "unpack_ptx"]
+
+
+def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:
+    """The two registers of levels that `prmt` picks from.
+
+    Args:
+        levels: The 2^(bits-1) non-negative L, ascending: the codebook is +-(L + 1/2) / scale.
+        bits: 1..4.
+
+    Returns:
+        Two words as signed 32-bit integers: at 4 bits the eight magnitudes, below that all signed levels, ascending.
+
+    Raises:
+        ValueError: If there are not 2^(bits-1) ascending levels in 0..127.
+    """
+    if (
+        len(levels) != 2 ** (bits - 1)
+        or list(levels) != sorted(set(levels))
+        or not 0 <= levels[0] <= levels[-1] <= 127
+    ):
+        raise ValueError(
+            f"{bits} bits need {2 ** (bits - 1)} ascending whole levels L in 0..127 (of +-(L + 1/2)), got {list(levels)}"
+        )
+    both = list(levels) if bits == 4 else [-1 - level for level in reversed(levels)] + list(levels)
+    raw = bytes(level & 255 for level in both + [0] * (8 - len(both)))
+    return int.from_bytes(raw[:4], "little", signed=True), int.from_bytes(raw[4:], "little", signed=True)
+
+
+@lru_cache(maxsize=64)
+def unpack_ptx(bits: int, units: int, values: bool) -> tuple[str, str]:
+    """PTX that turns a lane's words of some units into int8 quads, and its operand constraints.
+
+    Args:
+        bits: Bits a code, 1..4.
+        units: Units of 32 x 32 codes, 1..4 (more than 4: several calls).
+        values: Whether levels are the table's third and fourth word (values) or first and second (keys).
+
+    Returns:
+        Text with outputs 8 a unit; inputs four a load (see `registers`; a load of fewer words repeats each of them),
+        then the table's four words. And the constraints for all of them.
+    """
+    outputs = 8 * units
+    words, loads = _word_operands(bits * units)
+    table = outputs + 4 * loads + 2 * values
+    low, high = f"${table}", f"${table + 1}"
+    lines = []
+    for unit in range(units):
+        word = [f"${outputs + operand}" for operand in words[bits * unit : bits * (unit + 1)]]
+        quad = [f"${8 * unit + t}" for t in range(8)]
+        lines += {4: _four, 3: _three, 2: _two, 1: _one}[bits](word, quad, low, high)
+    text = "{\n.reg .b32 m, n, s, q;\n" + "\n".join(lines) + "\n}"
+    return text, ",".join(["=&r"] * outputs + ["r"] * (4 * loads + 4))
+
+
+def _word_operands(words: int) -> tuple[list[int], int]:
+    """The input operand of each word, and how many loads there are."""
+    operands, load = [], 0
+    for size in (4, 2, 1):
+        while words - len(operands) >= size:
+            operands += [4 * load + k * (4 // size) for k in range(size)]
+            load += 1
+    return operands, load
+
+
+def _four(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
+    lines = []
+    for k in range(4):
+        lines += [
+            f"and.b32 m, {word[k]}, 0x77777777;",
+            f"prmt.b32 n, {low}, {high}, m;",
+            f"prmt.b32 s, {word[k]}, {word[k]}, 0xba98;",  # each byte's sign, eight times
+            f"xor.b32 {quad[2 * k]}, n, s;",
+            "shr.u32 m, m, 16;",
+            f"prmt.b32 n, {low}, {high}, m;",
+            f"shl.b32 q, {word[k]}, 4;",
+            "prmt.b32 s, q, q, 0xba98;",
+            f"xor.b32 {quad[2 * k + 1]}, n, s;",
+        ]
+    return lines
+
+
+def _three(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
+    lines = []
+    for k in range(3):
+        lines += [
+            f"and.b32 m, {word[k]}, 0x77777777;",
+            f"prmt.b32 {quad[2 * k]}, {low}, {high}, m;",
+            "shr.u32 m, m, 16;",
+            f"prmt.b32 {quad[2 * k + 1]}, {low}, {high}, m;",
+        ]
+    return [
+        *lines,
+        f"shr.u32 m, {word[0]}, 3;",
+        "and.b32 m, m, 0x11111111;",
+        f"shr.u32 n, {word[1]}, 2;",
+        "lop3.b32 m, n, 0x22222222, m, 0xea;",  # (n & constant) | m
+        f"shr.u32 n, {word[2]}, 1;",
+        "lop3.b32 m, n, 0x44444444, m, 0xea;",
+        f"prmt.b32 {quad[6]}, {low}, {high}, m;",
+        "shr.u32 m, m, 16;",
+        f"prmt.b32 {quad[7]}, {low}, {high}, m;",
+    ]
+
+
+def _two(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
+    lines = []
+    for k in range(2):
+        lines += [f"and.b32 m, {word[k]}, 0x33333333;"]
+        lines += _pair(quad[4 * k : 4 * k + 2], low)
+        lines += [f"shr.u32 m, {word[k]}, 2;", "and.b32 m, m, 0x33333333;"]
+        lines += _pair(quad[4 * k + 2 : 4 * k + 4], low)
+    return lines
+
+
+def _one(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
+    lines = [f"and.b32 m, {word[0]}, 0x11111111;", *_pair(quad[:2], low)]
+    for s in range(1, 4):
+        lines += [
+            f"shr.u32 m, {word[0]}, {s};",
+            "and.b32 m, m, 0x11111111;",
+            *_pair(quad[2 * s : 2 * s + 2], low),
+        ]
+    return lines
+
+
+def _pair(quad: list[str], low: str) -> list[str]:
+    return [f"prmt.b32 {quad[0]}, {low}, 0, m;", "shr.u32 m, m, 16;", f"prmt.b32 {quad[1]}, {low}, 0, m;"]
+
+
+def table_tensor(keys: tuple[int, int], values: tuple[int, int], device: torch.device) -> Tensor:
+    """The level tables as every lane of a warp loads them: 16 bytes a lane, the same in each.
+
+    The load's address depends on the lane so that the compiler keeps the words in ordinary registers: a value that it
+    knows to be the same in all lanes goes to uniform ones, and `prmt` would copy it back at every use.
+    """
+    return torch.tensor([*keys, *values] * 32, dtype=torch.int32, device=device)
