@@ -11,6 +11,7 @@ from tox.plugin import impl
 SIZES = {
     "claims": ("about 0.4 GB", "2 GB"),
     "tests": ("about 0.4 GB", "2 GB"),
+    "kernels": ("about 0.6 GB", "3 GB"),
     "types": ("about 0.4 GB", "2 GB"),
     "lint": ("about 12 MB", "60 MB"),
 }

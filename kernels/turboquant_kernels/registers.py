@@ -1,20 +1,20 @@
 """In what order do codes lie in memory, so that plain loads fill a tensor core's registers?
 
-Storage order is register order. A block is 32 tokens. It is cut into units of 32 x 32 codes: for keys, rows are
-tokens and columns 32 consecutive coordinates; for values, rows are 32 consecutive coordinates and columns tokens.
-A unit is the left operand (A) of the int8 instruction `mma.m16n8k32`, twice, one below the other:
+Storage order is register order. A block is 32 tokens. It is cut into units of 32 x 32 codes: for keys, rows
+are tokens and columns 32 consecutive coordinates; for values, rows are 32 consecutive coordinates and columns
+tokens. A unit is the left operand (A) of the int8 instruction `mma.m16n8k32`, twice, one below the other:
 
     lane 4 r + c of a warp (r = 0..7, c = 0..3) holds eight quads, and quad 2 i + h (i = 0..3, h = 0, 1) is
 
         row 8 i + r,  columns 16 h + 4 c + (0, 1, 2, 3)              one 32-bit register of int8 levels
 
-Row 8 i + r of keys is token 4 r + i of the block: the four rows of a lane are four tokens side by side, whose norms
-are one load. Scores leave the product in the same rows, and their probabilities become the right operand (B) of the
-second product by one register transposition, if values number their columns to suit: column 16 h + 4 c + b is the
-token in row 8 i + r with i = 2 h + b % 2 and r = 2 c + b // 2.
+Row 8 i + r of keys is token 4 r + i of the block: the four rows of a lane are four tokens side by side, whose
+norms are one load. Scores leave the product in the same rows, and their probabilities become the right
+operand (B) of the second product by one register transposition, if values number their columns to suit:
+column 16 h + 4 c + b is the token in row 8 i + r with i = 2 h + b % 2 and r = 2 c + b // 2.
 
-Bits of a unit: a lane has one word a bit, and finds levels by byte permutation, whose selectors are nibbles. With
-quad t's four codes called t0..t3, and "3" standing for a code's three low bits:
+Bits of a unit: a lane has one word a bit, and finds levels by byte permutation, whose selectors are nibbles.
+With quad t's four codes called t0..t3, and "3" standing for a code's three low bits:
 
     4 bits, word k      nibbles 0..3: quad 2k, nibbles 4..7: quad 2k+1, magnitudes in their low 3 bits;
                         top bits of the odd nibbles: signs of quad 2k, of the even nibbles: signs of quad 2k+1
@@ -23,14 +23,14 @@ quad t's four codes called t0..t3, and "3" standing for a code's three low bits:
     2 bits, word k      low halves of the nibbles: quads 4k, 4k+1; high halves: quads 4k+2, 4k+3
     1 bit               bit s of the nibbles: quads 2s, 2s+1
 
-Words of a block: a lane has w = bits x units words. They are stored so that a warp reads them in loads of 16 bytes
-a lane, then 8, then 4: words 0..3 of lane 0, of lane 1, ... of lane 31; words 4..7 of lane 0, ...; a rest of two
-words, lane by lane; a rest of one.
+Words of a block: a lane has w = bits x units words. They are stored so that a warp reads them in loads of 16
+bytes a lane, then 8, then 4: words 0..3 of lane 0, of lane 1, ... of lane 31; words 4..7 of lane 0, ...; a
+rest of two words, lane by lane; a rest of one.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,12 +51,9 @@ BLOCK = 32
 UNIT = 32
 """Coordinates in a unit."""
 MAX_BITS = 4
-"""Codes of more bits have no place in this order: an int8 level table of 2^bits entries serves no purpose there."""
+"""Codes of more bits have no place in this order: an int8 grid has too few levels for them."""
 
-_TOKEN_OF_ROW = [4 * r + i for i in range(4) for r in range(8)]
-_TOKEN_OF_COLUMN = [
-    _TOKEN_OF_ROW[8 * (2 * h + b % 2) + 2 * c + b // 2] for h in range(2) for c in range(4) for b in range(4)
-]
+_TOP, _LOW = 0x11111111, 0x77777777  # a bit, and three, of every nibble
 
 
 def block_words(bits: int, width: int) -> int:
@@ -83,7 +80,7 @@ def pack_keys(codes: Tensor, bits: int) -> Tensor:
     """Words of key blocks.
 
     Args:
-        codes: (..., 32, width) integers, 0..2^bits - 1, in the order of the levels.
+        codes: (..., 32, width) uint8 in the order of the levels; bits beyond the lowest are dropped.
         bits: Bits a code, 1..4.
 
     Returns:
@@ -92,12 +89,13 @@ def pack_keys(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: If bits or shape are not storable.
     """
-    _check_block(codes)
-    tokens = torch.tensor(_TOKEN_OF_ROW, device=codes.device)
-    units = (
-        codes.index_select(-2, tokens).unflatten(-1, (-1, UNIT)).movedim(-2, -3)
-    )  # (..., unit, row, coordinate)
-    return _pack(units, bits)
+    lead, width = _check_block(codes, bits)
+    kept = codes.contiguous().view(torch.int32) & 0x01010101 * (2**bits - 1)
+    # (blocks, r, i, unit, h, c): a quad is four coordinates side by side.
+    halves = _nibbles_of_bytes(kept).view(-1, 8, 4, width // UNIT, 2, 4)
+    eights = halves[..., 1, :] << 16
+    eights |= halves[..., 0, :]
+    return _stored(_folded(eights.unbind(2), bits), (0, 2, 1, 3)).view(*lead, -1)
 
 
 def unpack_keys(words: Tensor, bits: int, width: int) -> Tensor:
@@ -109,20 +107,24 @@ def unpack_keys(words: Tensor, bits: int, width: int) -> Tensor:
         width: Coordinates a token, a multiple of 32.
 
     Returns:
-        (..., 32, width) int32.
+        (..., 32, width) uint8.
 
     Raises:
         ValueError: If bits or shape are not storable.
     """
-    place = torch.tensor(_TOKEN_OF_ROW, device=words.device).argsort()
-    return _unpack(words, bits, width).movedim(-3, -2).flatten(-2).index_select(-2, place)
+    units = _lanes(words, bits, width).permute(4, 0, 2, 1, 3).contiguous()  # (word, blocks, r, unit, c)
+    quads = words.new_empty(units.shape[1], 8, 4, width // UNIT, 2, 4)  # (blocks, r, i, unit, h, c)
+    for i, eights in enumerate(_unfolded(units.unbind(0), bits)):
+        quads[:, :, i, :, 0] = _bytes_of_nibbles(eights)
+        quads[:, :, i, :, 1] = _bytes_of_nibbles(eights >> 16)
+    return quads.view(torch.uint8).view(*words.shape[:-1], BLOCK, width)
 
 
 def pack_values(codes: Tensor, bits: int) -> Tensor:
     """Words of value blocks.
 
     Args:
-        codes: (..., 32, width) integers, 0..2^bits - 1, in the order of the levels.
+        codes: (..., 32, width) uint8 in the order of the levels; bits beyond the lowest are dropped.
         bits: Bits a code, 1..4.
 
     Returns:
@@ -131,10 +133,16 @@ def pack_values(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: If bits or shape are not storable.
     """
-    _check_block(codes)
-    tokens = torch.tensor(_TOKEN_OF_COLUMN, device=codes.device)
-    rows = codes.index_select(-2, tokens).transpose(-1, -2)  # (..., coordinate, column)
-    return _pack(rows.unflatten(-2, (-1, UNIT)), bits)
+    lead, width = _check_block(codes, bits)
+    kept = (codes.contiguous().view(torch.int32) & 0x01010101 * (2**bits - 1)).view(torch.uint8)
+    tokens = kept.view(-1, 4, 2, 2, 2, width)  # (blocks, c, b // 2, h, b % 2, coordinate)
+    octets = tokens[..., 1, :] << 4
+    octets |= tokens[..., 0, :]
+    eights = octets[:, :, 0, 0].int()  # (blocks, c, coordinate)
+    for half, pair in ((0, 1), (1, 0), (1, 1)):
+        eights |= octets[:, :, pair, half].int() << (16 * half + 8 * pair)
+    rows = eights.view(-1, 4, width // UNIT, 4, 8)  # (blocks, c, unit, i, r)
+    return _stored(_folded(rows.unbind(3), bits), (0, 2, 3, 1)).view(*lead, -1)
 
 
 def unpack_values(words: Tensor, bits: int, width: int) -> Tensor:
@@ -146,78 +154,111 @@ def unpack_values(words: Tensor, bits: int, width: int) -> Tensor:
         width: Coordinates a token, a multiple of 32.
 
     Returns:
-        (..., 32, width) int32.
+        (..., 32, width) uint8.
 
     Raises:
         ValueError: If bits or shape are not storable.
     """
-    columns = _unpack(words, bits, width).flatten(-3, -2).transpose(-1, -2)  # (..., column, coordinate)
-    place = torch.tensor(_TOKEN_OF_COLUMN, device=words.device).argsort()
-    return columns.index_select(-2, place)
+    units = _lanes(words, bits, width).permute(4, 0, 3, 1, 2).contiguous()  # (word, blocks, c, unit, r)
+    rows = words.new_empty(units.shape[1], 4, width // UNIT, 4, 8)
+    for i, row in enumerate(_unfolded(units.unbind(0), bits)):
+        rows[:, :, :, i] = row
+    eights = rows.view(-1, 4, width)
+    codes = torch.empty(len(eights), 4, 2, 2, 2, width, dtype=torch.uint8, device=words.device)
+    for place in range(8):
+        half, pair, one = place // 4, place // 2 % 2, place % 2
+        codes[:, :, pair, half, one] = eights >> (4 * place)
+    codes &= 15
+    return codes.view(*words.shape[:-1], BLOCK, width)
 
 
-@lru_cache(maxsize=8)
-def _fields(bits: int) -> tuple[tuple[int, int, int, int, tuple[int, ...]], ...]:
-    """Where the bits of a unit's codes lie: (quad, lowest bit, mask, word, a shift for each of the quad's codes)."""
-    fields = []
-    for quad in range(8):
-        nibbles = [4 * b + 16 * (quad % 2) for b in range(4)]
-        if bits == 4:
-            signs = [8 * b + (3 if quad % 2 else 7) for b in range(4)]
-            fields += [(quad, 0, 7, quad // 2, tuple(nibbles)), (quad, 3, 1, quad // 2, tuple(signs))]
-        elif bits == 3 and quad < 6:
-            fields += [(quad, 0, 7, quad // 2, tuple(nibbles))]
-        elif bits == 3:
-            fields += [(quad, k, 1, k, tuple(n + 3 for n in nibbles)) for k in range(3)]
-        else:
-            per_word = 8 // bits
-            offset = bits * (quad % per_word // 2)
-            fields += [(quad, 0, 2**bits - 1, quad // per_word, tuple(n + offset for n in nibbles))]
-    return tuple(fields)
-
-
-def _pack(units: Tensor, bits: int) -> Tensor:
-    """(..., unit, 32 rows, 32 columns) codes -> (..., words)."""
-    block_words(bits, UNIT * units.shape[-3])
-    codes = units.to(torch.int64)
+def _folded(eights: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """A lane's rows i = 0..3, each eight codes as nibbles (quads 2 i and 2 i + 1), as `bits` words."""
     if bits == 4:
-        codes = codes ^ torch.where(codes >= 8, 8, 15)  # ascending codes to magnitude and sign
-    # (..., unit, i, r, h, c, b) -> (..., unit, quad = 2 i + h, lane = 4 r + c, b)
-    quads = codes.unflatten(-1, (2, 4, 4)).unflatten(-4, (4, 8))
-    quads = quads.movedim(-3, -4).flatten(-5, -4).flatten(-3, -2)
-    words = [torch.zeros_like(quads[..., 0, :, 0]) for _ in range(bits)]
-    for quad, low, mask, word, shifts in _fields(bits):
-        shift = torch.tensor(shifts, device=codes.device)
-        words[word] += (((quads[..., quad, :, :] >> low) & mask) << shift).sum(-1)
-    lanes = torch.stack(words, -2).flatten(-3, -2)  # (..., word of the block's lane, lane)
-    return torch.cat([lanes[..., part, :].mT.flatten(-2) for part in _loads(lanes.shape[-2])], -1).to(
-        torch.int32
-    )
+        return [_with_signs(row) for row in eights]
+    if bits == 3:
+        return [eights[k] | ((eights[3] >> k) & _TOP) << 3 for k in range(3)]
+    if bits == 2:
+        return [eights[2 * k] | eights[2 * k + 1] << 2 for k in range(2)]
+    return [eights[0] | eights[1] << 1 | eights[2] << 2 | eights[3] << 3]
 
 
-def _unpack(words: Tensor, bits: int, width: int) -> Tensor:
-    """(..., words) -> (..., unit, 32 rows, 32 columns) codes."""
+def _unfolded(words: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """Inverse of `_folded`."""
+    if bits == 4:
+        return [_without_signs(word) for word in words]
+    if bits == 3:
+        tops = [((word >> 3) & _TOP) << k for k, word in enumerate(words)]
+        return [word & _LOW for word in words] + [tops[0] | tops[1] | tops[2]]
+    if bits == 2:
+        return [(words[i // 2] >> (2 * (i % 2))) & 0x33333333 for i in range(4)]
+    return [(words[0] >> i) & _TOP for i in range(4)]
+
+
+def _with_signs(eights: Tensor) -> Tensor:
+    """Eight 4-bit codes -> magnitudes, and the signs where the instructions look for them."""
+    negative = (~eights >> 3) & _TOP
+    word = (eights & _LOW) ^ (negative * 7)
+    word |= _bytes_of_nibbles(negative) << 7
+    word |= _bytes_of_nibbles(negative >> 16) << 3
+    return word
+
+
+def _without_signs(word: Tensor) -> Tensor:
+    """Inverse of `_with_signs`."""
+    negative = _nibbles_of_bytes((word >> 7) & 0x01010101)
+    negative |= _nibbles_of_bytes((word >> 3) & 0x01010101) << 16
+    # Code 8 + m for +m, 7 - m for -m: all four bits of a negative one change, then each top bit.
+    return ((word & _LOW) ^ (negative * 7)) | ((negative ^ _TOP) << 3)
+
+
+def _nibbles_of_bytes(quads: Tensor) -> Tensor:
+    """Four codes in bytes -> in the low four nibbles."""
+    pairs = quads >> 4
+    pairs |= quads
+    halves = (pairs >> 8) & 0xFF00
+    return halves.bitwise_or_(pairs.bitwise_and_(0xFF))
+
+
+def _bytes_of_nibbles(halves: Tensor) -> Tensor:
+    """Inverse of `_nibbles_of_bytes`; what lies above the low four nibbles is left out."""
+    pairs = (halves & 0xFF00) << 8
+    pairs |= halves & 0xFF
+    quads = (pairs & 0x00F000F0) << 4
+    return quads.bitwise_or_(pairs.bitwise_and_(0x000F000F))
+
+
+def _stored(words: list[Tensor], order: tuple[int, int, int, int]) -> Tensor:
+    """Words of a lane's units, `order` of whose axes is (blocks, unit, r, c) -> (blocks, words) as stored."""
+    ordered = [word.permute(order) for word in words]
+    blocks, units = ordered[0].shape[:2]
+    if len(words) == 4:
+        stored = ordered[0].new_empty(blocks, units, 8, 4, 4)
+        for k, word in enumerate(ordered):
+            stored[..., k] = word
+        return stored.view(blocks, -1)
+    lanes = ordered[0].new_empty(blocks, 8, 4, units, len(words))
+    for k, word in enumerate(ordered):
+        lanes[..., k] = word.permute(0, 2, 3, 1)
+    lanes = lanes.view(blocks, 32, -1)
+    parts = [lanes[..., part].flatten(-2) for part in _loads(lanes.shape[-1])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _lanes(words: Tensor, bits: int, width: int) -> Tensor:
+    """Stored words -> (blocks, unit, r, c, word of the unit)."""
     count = block_words(bits, width)
     if words.dtype != torch.int32 or words.shape[-1] != count:
         raise ValueError(
             f"a block of {bits}-bit codes of width {width} is {count} int32 words, "
             f"got {words.shape[-1]} of {words.dtype}"
         )
-    parts, at = [], 0
-    for load in _loads(count // 32):
-        size = load.stop - load.start
-        parts.append(words[..., at : at + 32 * size].unflatten(-1, (32, size)).mT)
-        at += 32 * size
-    lanes = torch.cat(parts, -2).unflatten(-2, (-1, bits))  # (..., unit, word, lane)
-    quads = words.new_zeros((*lanes.shape[:-2], 8, 32, 4))
-    for quad, low, mask, word, shifts in _fields(bits):
-        shift = torch.tensor(shifts, device=words.device)
-        quads[..., quad, :, :] |= ((lanes[..., word, :, None] >> shift) & mask) << low
-    if bits == 4:
-        quads = quads ^ torch.where(quads >= 8, 15, 8).to(quads.dtype)
-    # (..., unit, i, h, r, c, b) -> (..., unit, row = 8 i + r, column = 16 h + 4 c + b)
-    quads = quads.unflatten(-2, (8, 4)).unflatten(-4, (4, 2)).movedim(-4, -3)
-    return quads.flatten(-3).flatten(-3, -2)
+    flat = words.reshape(-1, count)
+    parts = [
+        flat[:, 32 * part.start : 32 * part.stop].reshape(len(flat), 32, -1) for part in _loads(count // 32)
+    ]
+    lanes = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (blocks, lane, word)
+    return lanes.view(-1, 8, 4, width // UNIT, bits).permute(0, 3, 1, 2, 4)
 
 
 def _loads(words: int) -> list[slice]:
@@ -230,6 +271,11 @@ def _loads(words: int) -> list[slice]:
     return parts
 
 
-def _check_block(codes: Tensor) -> None:
-    if codes.dim() < 2 or codes.shape[-2] != BLOCK:
-        raise ValueError(f"codes come in blocks (..., {BLOCK} tokens, width), got shape {tuple(codes.shape)}")
+def _check_block(codes: Tensor, bits: int) -> tuple[torch.Size, int]:
+    if codes.dim() < 2 or codes.shape[-2] != BLOCK or codes.dtype != torch.uint8:
+        raise ValueError(
+            f"codes come in blocks (..., {BLOCK} tokens, width) of uint8, "
+            f"got {tuple(codes.shape)} of {codes.dtype}"
+        )
+    block_words(bits, codes.shape[-1])
+    return codes.shape[:-2], codes.shape[-1]

@@ -1,7 +1,8 @@
-"""The fast kernel's arithmetic in torch: whole numbers, fixed point and step-wise references, one step at a time.
+"""The fast kernel's arithmetic in torch: whole numbers, fixed point and step-wise references, one step at a
+time.
 
-It follows `turboquant_kernels.decode.sm90` (which no CPU can run) from packed words to combined outputs, so that its
-numerical design can be held to its tolerance without a device.
+It follows `turboquant_kernels.decode.sm90` (which no CPU can run) from packed words to combined outputs, so
+that its numerical design can be held to its tolerance without a device.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def fixed_queries(query: Tensor) -> tuple[Tensor, Tensor]:
 def attend_codes(
     query: Tensor, key_words: Tensor, value_words: Tensor, key_norms: Tensor, value_norms: Tensor, *,
     levels: tuple[tuple[int, ...], tuple[int, ...]], key_bits: int, value_bits: int, key_scale: float,
-    value_scale: float, softmax_scale: float, queries_per_head: int, length: int, moving: int = 0, skipped: int = 0,
-    first: Tensor | None = None, softcap: float | None = None, subs: int = 1, warps: int = 4, splits: int = 3,
+    value_scale: float, softmax_scale: float, queries_per_head: int, length: int, moving: int = 0,
+    skipped: int = 0, first: Tensor | None = None,
+    softcap: float | None = None, subs: int = 1, warps: int = 4, splits: int = 3,
     headroom: float = 36.0,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""

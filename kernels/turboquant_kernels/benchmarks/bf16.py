@@ -1,4 +1,4 @@
-"""What is a bf16 cache read at? Split attention of one query over plain keys and values, in Triton, as a baseline."""
+"""What is a bf16 cache read at? Split attention of one query over plain keys and values: a baseline."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
     python -m turboquant_kernels.benchmarks.decode [--quick] [--sweep] [--anyway] [--seconds N] [--out DIR]
 
-Correctness comes first: nothing is timed for a configuration whose outputs are wrong. Inputs rotate among sets that
-together exceed the cache; launches are replayed from a graph; each shape's baseline is the fastest of SDPA (cuDNN,
-flash) and our own split bf16 kernel, timed beside it. Bandwidths are of the bytes a method must read; the copy's
-counts bytes read and written.
+Correctness comes first: nothing is timed for a configuration whose outputs are wrong. Inputs rotate among
+sets that together exceed the cache; launches are replayed from a graph; each shape's baseline is the fastest
+of SDPA (cuDNN, flash) and our own split bf16 kernel, timed beside it. Bandwidths are of the bytes a method
+must read; the copy's counts bytes read and written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -106,7 +105,7 @@ class Packed:
 
 
 def random_packed(shape: Shape, key_bits: int, value_bits: int, norm: float = 11.0) -> Packed:
-    """Every bit pattern is a code, so random words are random codes; norms near `norm` (keys) and 1 (values)."""
+    """Every bit pattern is a code, so random words are codes; norms near `norm` (keys) and 1 (values)."""
     blocks = -(-shape.tokens // 32)
     lead = (shape.batch, shape.heads)
 
@@ -135,8 +134,18 @@ def exact(
     return p @ values, (p * values.norm(dim=-1)[:, :, None]).sum(-1, keepdim=True)
 
 
-def error(packed: Packed, query: Tensor, *, queries: int = 1, length: int | None = None, moving: int = 0,
-          skipped: int = 0, first: Tensor | None = None, softcap: float | None = None, **options: object) -> float:  # fmt: skip
+def error(
+    packed: Packed,
+    query: Tensor,
+    *,
+    queries: int = 1,
+    length: int | None = None,
+    moving: int = 0,
+    skipped: int = 0,
+    first: Tensor | None = None,
+    softcap: float | None = None,
+    **options: object,
+) -> float:
     """Largest error of a row of outputs, divided by its sum p |v|."""
     tokens = packed.key_norms.shape[-1]
     length = tokens if length is None else length
@@ -149,8 +158,10 @@ def error(packed: Packed, query: Tensor, *, queries: int = 1, length: int | None
         for i, number in enumerate(begin.tolist()):
             norms[i, :, :number] = math.nan
     seen = (place >= begin[:, None, None]) & (place < (length + moving * row)[None, :, None])
-    found = packed.attend(query, queries_per_head=queries, length=length, moving=moving, skipped=skipped, first=first,
-                          softcap=softcap, **options)  # fmt: skip
+    found = packed.attend(
+        query, queries_per_head=queries, length=length, moving=moving, skipped=skipped, first=first,
+        softcap=softcap, **options,
+    )  # fmt: skip
     reference, total = exact(packed, query, seen, scale, softcap)
     off = (found.double() - reference).norm(dim=-1, keepdim=True) / total.clamp_min(1e-300)
     off = off.nan_to_num(torch.inf, torch.inf)
@@ -225,10 +236,10 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
         return 0.0 if all(torch.equal(once, packed.attend(query)) for _ in range(5)) else math.inf
 
     cases: dict[str, Callable[[], float]] = {}
-    for bits in ((4, 4), (3, 3), (2, 2), (4, 2), (1, 1)):
-        for tokens in (1, 33, 1000, 33333) if bits != (1, 1) else (1000,):
-            cases[f"k{bits[0]} v{bits[1]} tokens {tokens}"] = partial(
-                case, Shape(2, 2, 4, tokens), *bits, length=tokens
+    for pair in ((4, 4), (3, 3), (2, 2), (4, 2), (1, 1)):
+        for tokens in (1, 33, 1000, 33333) if pair != (1, 1) else (1000,):
+            cases[f"k{pair[0]} v{pair[1]} tokens {tokens}"] = partial(
+                case, Shape(2, 2, 4, tokens), *pair, length=tokens
             )
     for rows in (1, 3, 7, 8, 16):
         cases[f"rows {rows}"] = partial(case, Shape(1, 2, rows, 5000), 4, 4, length=4990)
@@ -281,7 +292,12 @@ def baselines(shape: Shape) -> dict[str, Timing | str]:
         try:
             with sdpa_kernel(backend):
                 found[name] = time_launches(
-                    [partial(F.scaled_dot_product_attention, query, k, v, enable_gqa=True) for k, v in data]
+                    [
+                        partial(
+                            torch.nn.functional.scaled_dot_product_attention, query, k, v, enable_gqa=True
+                        )
+                        for k, v in data
+                    ]
                 )
         except Exception as problem:
             found[name] = str(problem).splitlines()[0][:90]
@@ -328,9 +344,15 @@ OTHER_SHAPES = [
 BITS = [(4, 4), (3, 3), (2, 2), (4, 2)]
 
 
+def chosen_settings(shape: Shape, key_bits: int, value_bits: int) -> Settings:
+    """What a launch takes by itself."""
+    blocks = shape.batch * shape.heads * -(-shape.tokens // 32)
+    return settings_for(shape.rows, shape.dim, key_bits, value_bits, blocks)
+
+
 def sweep_settings(shape: Shape, key_bits: int, value_bits: int) -> list[Settings]:
     """Settings worth trying beside the chosen one."""
-    chosen = settings_for(shape.rows, shape.dim, key_bits, value_bits)
+    chosen = chosen_settings(shape, key_bits, value_bits)
     tried = {
         4: [(1, 4, 128, 4), (2, 4, 128, 4), (1, 4, 96, 5), (2, 4, 160, 3), (1, 8, 128, 2), (1, 2, 128, 8)],
         8: [(1, 4, 160, 3), (1, 4, 128, 4), (2, 4, 168, 3), (2, 4, 224, 2)],
@@ -378,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def settings(shape: Shape, k: int, v: int) -> list[Settings]:
         tried = sweep_settings(shape, k, v) if chosen.sweep and k == v and shape in SHAPES else []
-        return [settings_for(shape.rows, shape.dim, k, v), *tried]
+        return [chosen_settings(shape, k, v), *tried]
 
     jobs = {
         (k, v, shape.dim, how, False) for shape in shapes for k, v in BITS for how in settings(shape, k, v)
@@ -388,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 256), (8, 256))
     ]
     jobs |= {
-        (bits, bits, shape.dim, settings_for(shape.rows, shape.dim, bits, bits), cap)
+        (bits, bits, shape.dim, chosen_settings(shape, bits, bits), cap)
         for shape in checked
         for bits in (1, 2, 3, 4)
         for cap in (False, True)
@@ -444,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
         )
         headline = (
-            f"{shape.batch:2} x {shape.heads} heads x {shape.rows:2} rows x {shape.tokens:6} d {shape.dim:3}  "
+            f"{shape.batch:2} x {shape.heads} heads x {shape.rows:2} rows x {shape.tokens:6} d {shape.dim:3} "
             f"bf16 {best:13} {timed[best].p50:8.1f} us {rate / 1e9:5.0f} GB/s {rate / copied:4.0%}"
         )
         lines.append(headline)

@@ -15,6 +15,7 @@ from turboquant_kernels.decode.sm90 import attend_splits
 __all__ = ["Settings", "attend_codes", "settings_for"]
 
 LOG2_E = math.log2(math.e)
+_FEW_BLOCKS = 4096
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Settings:
     programs: int
 
 
-def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int) -> Settings:
+def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int, blocks: int) -> Settings:
     """Settings measured to be good.
 
     Args:
@@ -44,15 +45,23 @@ def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int) -> Se
         head_dim: 64, 128 or 256.
         key_bits: Bits a key code.
         value_bits: Bits a value code.
+        blocks: Blocks of 32 tokens of all heads and batch rows together.
 
     Returns:
         Settings for an H100 or H200.
     """
     queries = 4 if rows <= 4 else 8 if rows <= 8 else 16
-    registers = {4: 128, 8: 160, 16: 224}[queries]
+    bits = max(key_bits, value_bits)
     if head_dim == 256:
-        registers = {4: 168, 8: 224, 16: 255}[queries]
-    subs = 2 if queries == 4 and head_dim <= 128 and max(key_bits, value_bits) == 2 else 1
+        subs, registers = 1, {4: 168, 8: 224, 16: 255}[queries]
+    elif queries == 4:
+        # Few blocks are one step of every program: then half the programs have half the overhead.
+        short = blocks <= _FEW_BLOCKS
+        subs, registers = (2 if short or bits < 4 else 1), (160 if short and bits > 2 else 128)
+    elif queries == 8:
+        subs, registers = {4: (1, 160), 3: (2, 168)}.get(bits, (2, 224))
+    else:
+        subs, registers = 1, 224
     return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
 
 
@@ -108,7 +117,7 @@ def attend_codes(
     """
     batch, heads, rows, dim = query.shape
     blocks = key_words.shape[2]
-    how = settings or settings_for(rows, dim, key_bits, value_bits)
+    how = settings or settings_for(rows, dim, key_bits, value_bits, batch * heads * blocks)
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         groups = -(-rows // how.queries)
@@ -123,7 +132,8 @@ def attend_codes(
         sums, blocks, splits, heads, rows, queries_per_head, skipped, length, moving,
         softmax_scale * LOG2_E / (key_scale * root), (softcap or 0.0) * LOG2_E,
         KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
-        WARPS=how.warps, SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps, maxnreg=how.registers,
+        WARPS=how.warps, SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps,
+        maxnreg=how.registers,
     )  # fmt: skip
     combine(partial, sums, out, 1 / (value_scale * root))
     return out
@@ -136,6 +146,6 @@ def combine(partial: Tensor, sums: Tensor, out: Tensor, factor: float) -> None:
     columns = 32 if programs <= 256 else min(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
-        partial, sums, out, splits, rows, factor, DIM=dim, COLUMNS=columns, SPLITS=power, AT_ONCE=min(power, 128),
-        WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
+        partial, sums, out, splits, rows, factor, DIM=dim, COLUMNS=columns, SPLITS=power,
+        AT_ONCE=min(power, 128), WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
     )  # fmt: skip

@@ -1,21 +1,23 @@
-"""How does one pass over packed keys and values attend on int8 tensor cores? The Gluon kernel for Hopper (sm_90).
+"""How does one pass over packed keys and values attend on int8 tensor cores? The Gluon kernel for Hopper
+(sm_90).
 
     out = sum_t softmax_t(scale * <q, k_t>) v_t,   k_t = |k_t| C[key codes],  v_t = |v_t| C[value codes],
 
-with C = +-(L + 1/2) / s on an int8 grid. Everything large is an int8 product of levels L with two bytes of a 16-bit
-fixed-point number (query or probability); the halves enter as sums. Rows of the left operand are codes (tokens for
-scores, coordinates for outputs), so that no row is padding; columns are 2 x rows of queries (high and low bytes).
+with C = +-(L + 1/2) / s on an int8 grid. Everything large is an int8 product of levels L with two bytes of a
+16-bit fixed-point number (query or probability); the halves enter as sums. Rows of the left operand are codes
+(tokens for scores, coordinates for outputs), so that no row is padding; columns are 2 x rows of queries (high
+and low bytes).
 
-One program is WARPS warps. Each warp walks its own blocks of 32 tokens, with a softmax of its own; nothing is shared
-and nothing waits until the loop ends. A step of a warp, SUBS blocks:
+One program is WARPS warps. Each warp walks its own blocks of 32 tokens, with a softmax of its own; nothing is
+shared and nothing waits until the loop ends. A step of a warp, SUBS blocks:
 
     loads of V words -> scores = K levels x query bytes -> loads of the next K words -> probabilities -> bytes
     -> outputs += V levels x probability bytes
 
-Probabilities become fixed point a step at a time, relative to the step's own largest p |v| (for each query row), so a
-faint background keeps 16 bits beside a dominant token, and one huge, improbable value costs its neighbours nothing.
-The layouts are drawn in `turboquant_kernels.registers`; nothing in the loop crosses lanes but three shuffles for that
-maximum and one register transposition.
+Probabilities become fixed point a step at a time, relative to the step's own largest p |v| (for each query
+row), so a faint background keeps 16 bits beside a dominant token, and one huge, improbable value costs its
+neighbours nothing. The layouts are drawn in `turboquant_kernels.registers`; nothing in the loop crosses lanes
+but three shuffles for that maximum and one register transposition.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from __future__ import annotations
 from typing import Any
 
 from triton.experimental import gluon
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from turboquant_kernels.decode.unpack import unpack_ptx
@@ -39,16 +41,16 @@ _TO_FIXED = gl.constexpr(8388608.0 + 128.0)
 # Adding 1.5 * 2^23 rounds a signed number into a float's low bits, which then count from this.
 _TO_WHOLE = gl.constexpr(12582912.0)
 _TO_WHOLE_BITS = gl.constexpr(0x4B400000)
-# How far (in powers of two) a step's fixed point may be finer than the largest p |v| seen before: enough that what a
-# faint background loses to rounding stays below 2^-50 of it, little enough that no float overflows.
+# How far (in powers of two) a step's fixed point may be finer than the largest p |v| seen before: enough that
+# what a faint background loses to rounding stays below 2^-50 of it, little enough that no float overflows.
 _HEADROOM = gl.constexpr(36.0)
 # Below the logarithm of every score, but finite: no infinity minus infinity.
 _LOWEST = gl.constexpr(-1.0e30)
 # Norms are float16; a zero norm counts as the smallest of them wherever its logarithm is needed.
 _SMALLEST_NORM = gl.constexpr(2.0**-24)
 
-# Probabilities of tokens r, 8 + r, 16 + r, 24 + r -> bytes of the right operand. Two tokens' (high, low) bytes make
-# one register; the transposition hands each lane its columns.
+# Probabilities of tokens r, 8 + r, 16 + r, 24 + r -> bytes of the right operand. Two tokens' (high, low)
+# bytes make one register; the transposition hands each lane its columns.
 _TO_OPERAND = gl.constexpr("""{
 .reg .b32 x;
 prmt.b32 x, $2, $3, 0x4051;
@@ -103,7 +105,9 @@ def _row_layout(warps: int, queries: int) -> Any:
 def _lane_layout(warps: int, queries: int) -> Any:
     """[warp, 8 rows, query row]: what is left of a row layout when each lane has summed its four rows."""
     rows = _row_layout(warps, queries)
-    return gl.DistributedLinearLayout(rows.reg_bases[2:], rows.lane_bases, rows.warp_bases, [], [warps, 8, queries])
+    return gl.DistributedLinearLayout(
+        rows.reg_bases[2:], rows.lane_bases, rows.warp_bases, [], [warps, 8, queries]
+    )
 
 
 @gluon.constexpr_function
@@ -149,7 +153,9 @@ def _load_words(base, step, sub: gl.constexpr, last, BITS: gl.constexpr, UNITS: 
     FOUR: gl.constexpr = _word_layout(WARPS, 4)
     words = ()
     for k in gl.static_range(FOURS):
-        words = words + (gl.load(_pointers(base, step, sub, last, 32 * WORDS, 128 * k, 128, FOUR, SUBS, WARPS, CLAMP)),)
+        words = words + (
+            gl.load(_pointers(base, step, sub, last, 32 * WORDS, 128 * k, 128, FOUR, SUBS, WARPS, CLAMP)),
+        )
     if WORDS % 4 >= 2:
         TWO: gl.constexpr = _word_layout(WARPS, 2)
         two = gl.load(_pointers(base, step, sub, last, 32 * WORDS, 128 * FOURS, 64, TWO, SUBS, WARPS, CLAMP))
@@ -157,7 +163,9 @@ def _load_words(base, step, sub: gl.constexpr, last, BITS: gl.constexpr, UNITS: 
         words = words + (gl.convert_layout(two, FOUR, assert_trivial=True),)
     if WORDS % 2 == 1:
         ONE: gl.constexpr = _word_layout(WARPS, 1)
-        one = gl.load(_pointers(base, step, sub, last, 32 * WORDS, 32 * (WORDS - 1), 32, ONE, SUBS, WARPS, CLAMP))
+        one = gl.load(
+            _pointers(base, step, sub, last, 32 * WORDS, 32 * (WORDS - 1), 32, ONE, SUBS, WARPS, CLAMP)
+        )
         one = gl.join(one, one)
         one = gl.reshape(gl.join(one, one), [WARPS, 128])
         words = words + (gl.convert_layout(one, FOUR, assert_trivial=True),)
@@ -275,8 +283,12 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, QUERIES: gl.constexpr,
 def _probability_operand(p, QUERIES: gl.constexpr, WARPS: gl.constexpr):
     """[warp, token, query row] fixed-point numbers as floats -> right operand [warp, column of V, byte of row]."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, _mma_layout(WARPS), 4)
-    bytes_ = gl.inline_asm_elementwise(_TO_OPERAND, _TO_OPERAND_CONSTRAINTS, [p + _TO_FIXED], _int8s(2), True, 4)
-    x = gl.reshape(gl.join(bytes_[0], bytes_[1]), [WARPS, 4, 8, QUERIES // 4, 4, 2])  # warp, b, r, n-tile, c, h
+    bytes_ = gl.inline_asm_elementwise(
+        _TO_OPERAND, _TO_OPERAND_CONSTRAINTS, [p + _TO_FIXED], _int8s(2), True, 4
+    )
+    x = gl.reshape(
+        gl.join(bytes_[0], bytes_[1]), [WARPS, 4, 8, QUERIES // 4, 4, 2]
+    )  # warp, b, r, n-tile, c, h
     x = gl.reshape(gl.permute(x, [0, 5, 4, 1, 3, 2]), [WARPS, 32, 2 * QUERIES])
     return gl.convert_layout(x, RIGHT, assert_trivial=True)
 
@@ -370,9 +382,11 @@ def attend_splits(
     Program (split, batch * heads + head, group of query rows).
 
     Args:
-        q_ptr: (batch, heads, rows, head_dim), rotated; a row is a query head and, fastest, one of its queries.
+        q_ptr: (batch, heads, rows, head_dim), rotated; a row is a query head and, fastest, one of its
+            queries.
         key_words: (batch, heads, blocks, head_dim * KEY_BITS) int32, as `registers.pack_keys` makes them.
-        value_words: (batch, heads, blocks, head_dim * VALUE_BITS) int32, as `registers.pack_values` makes them.
+        value_words: (batch, heads, blocks, head_dim * VALUE_BITS) int32, as `registers.pack_values` makes
+            them.
         key_norms: (batch, heads, 32 * blocks) float16, by token.
         value_norms: The same, of values.
         table_ptr: `unpack.table_tensor`.
@@ -418,7 +432,9 @@ def attend_splits(
     if length_ptr is not None:
         length += gl.load(length_ptr).to(gl.int32)
     last = blocks - 1
-    query = (first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))) % queries_per_head
+    query = (
+        first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
+    ) % queries_per_head
     limit = gl.expand_dims(gl.expand_dims(length + moving * query, 0), 1)
 
     # Steps of this split; those from first_full to end_full need no mask.
@@ -435,8 +451,11 @@ def attend_splits(
     for sub in gl.static_range(SUBS):
         keys = keys + (_load_words(key_words, first_full, sub, last, KEY_BITS, UNITS, SUBS, WARPS, True),)
         norms = norms + (_load_norm_pair(key_norms, value_norms, first_full, sub, last, SUBS, WARPS, True),)
-    table = gl.load(table_ptr + gl.zeros([WARPS, 128], gl.int32, layout=_word_layout(WARPS, 4))
-                    + gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, _word_layout(WARPS, 4))), 0))
+    table = gl.load(
+        table_ptr
+        + gl.zeros([WARPS, 128], gl.int32, layout=_word_layout(WARPS, 4))
+        + gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, _word_layout(WARPS, 4))), 0)
+    )
     left = rows - first_row
     q_operands, halves, scale = _query_operands(
         q_ptr + (head * rows + first_row) * DIM, left, DIM, score_scale, QUERIES, UNITS, WARPS
@@ -455,7 +474,9 @@ def attend_splits(
     for step in range(first_full, end_full):
         values = ()
         for sub in gl.static_range(SUBS):
-            values = values + (_load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, False),)
+            values = values + (
+                _load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, False),
+            )
         now = norms
         scores, peak = _score_phase(keys, now, q_operands, halves, scale, table, step, start, limit, softcap,
                                     KEY_BITS, UNITS, QUERIES, SUBS, WARPS, False, SOFTCAP)  # fmt: skip
@@ -464,7 +485,9 @@ def attend_splits(
         norms = ()
         for sub in gl.static_range(SUBS):
             keys = keys + (_load_words(key_words, following, sub, last, KEY_BITS, UNITS, SUBS, WARPS, False),)
-            norms = norms + (_load_norm_pair(key_norms, value_norms, following, sub, last, SUBS, WARPS, False),)
+            norms = norms + (
+                _load_norm_pair(key_norms, value_norms, following, sub, last, SUBS, WARPS, False),
+            )
         state = _output_phase(values, scores, now, peak, state, scale, table, VALUE_BITS, UNITS, QUERIES, SUBS, WARPS,
                               False, SOFTCAP)  # fmt: skip
 
@@ -478,7 +501,9 @@ def attend_splits(
         for sub in gl.static_range(SUBS):
             keys = keys + (_load_words(key_words, step, sub, last, KEY_BITS, UNITS, SUBS, WARPS, True),)
             norms = norms + (_load_norm_pair(key_norms, value_norms, step, sub, last, SUBS, WARPS, True),)
-            values = values + (_load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, True),)
+            values = values + (
+                _load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, True),
+            )
         scores, peak = _score_phase(keys, norms, q_operands, halves, scale, table, step, start, limit, softcap,
                                     KEY_BITS, UNITS, QUERIES, SUBS, WARPS, True, SOFTCAP)  # fmt: skip
         state = _output_phase(values, scores, norms, peak, state, scale, table, VALUE_BITS, UNITS, QUERIES, SUBS,
@@ -486,7 +511,9 @@ def attend_splits(
 
     if DEPENDENTS:
         gl.inline_asm_elementwise(_LAUNCH_DEPENDENTS, "=r", [], gl.int32, False, 1)
-    _store_split(state, partial_ptr, sums_ptr, (head * splits + split) * rows + first_row, left, UNITS, QUERIES, WARPS)
+    _store_split(
+        state, partial_ptr, sums_ptr, (head * splits + split) * rows + first_row, left, UNITS, QUERIES, WARPS
+    )
 
 
 @gluon.jit
@@ -524,10 +551,18 @@ def source_for(**constants: int | bool) -> GluonASTSource:
     Returns:
         What `triton.compile` takes, for float32 queries without padding and lengths known to the host.
     """
-    types = {"q_ptr": "*fp32", "key_words": "*i32", "value_words": "*i32", "key_norms": "*fp16", "value_norms": "*fp16"}
+    types = {
+        "q_ptr": "*fp32",
+        "key_words": "*i32",
+        "value_words": "*i32",
+        "key_norms": "*fp16",
+        "value_norms": "*fp16",
+    }
     types |= {"table_ptr": "*i32", "first_ptr": "constexpr", "length_ptr": "constexpr"}
     types |= {"partial_ptr": "*fp32", "sums_ptr": "*fp32"}
-    pointers = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ != "constexpr"}
+    pointers = {
+        (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ != "constexpr"
+    }
     types |= dict.fromkeys(_SIZES, "i32") | {"score_scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
     values = {"first_ptr": None, "length_ptr": None, **constants}

@@ -1,9 +1,9 @@
 """How do packed words become int8 levels? PTX for the fast kernels, one instruction text a bit width.
 
-`prmt` picks four bytes of a pair of registers by the four nibbles of a third: with the levels in the pair, a nibble of
-a packed word *is* the look-up. Its lowest three bits name one of eight bytes; its top bit asks for that byte's sign,
-eight times, so it is masked away, except where 4-bit codes use just that to negate: levels are L + 1/2, so -(L + 1/2)
-is (L xor -1) + 1/2. Where the bits lie is drawn in `turboquant_kernels.registers`.
+`prmt` picks four bytes of a pair of registers by the four nibbles of a third: with the levels in the pair, a
+nibble of a packed word *is* the look-up. Its lowest three bits name one of eight bytes; its top bit asks for
+that byte's sign, eight times, so it is masked away, except where 4-bit codes use just that to negate: levels
+are L + 1/2, so -(L + 1/2) is (L xor -1) + 1/2. Where the bits lie is drawn in `turboquant_kernels.registers`.
 
 Integer instructions for 32 codes: 36 at 4 bits, 21 at 3, 18 at 2, 19 at 1.
 """
@@ -27,7 +27,8 @@ def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:
         bits: 1..4.
 
     Returns:
-        Two words as signed 32-bit integers: at 4 bits the eight magnitudes, below that all signed levels, ascending.
+        Two words as signed 32-bit integers: at 4 bits the eight magnitudes, below that all signed levels,
+        ascending.
 
     Raises:
         ValueError: If there are not 2^(bits-1) ascending levels in 0..127.
@@ -38,7 +39,8 @@ def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:
         or not 0 <= levels[0] <= levels[-1] <= 127
     ):
         raise ValueError(
-            f"{bits} bits need {2 ** (bits - 1)} ascending whole levels L in 0..127 (of +-(L + 1/2)), got {list(levels)}"
+            f"{bits} bits need {2 ** (bits - 1)} ascending whole levels L in 0..127 (of +-(L + 1/2)), "
+            f"got {list(levels)}"
         )
     both = list(levels) if bits == 4 else [-1 - level for level in reversed(levels)] + list(levels)
     raw = bytes(level & 255 for level in both + [0] * (8 - len(both)))
@@ -55,8 +57,8 @@ def unpack_ptx(bits: int, units: int, values: bool) -> tuple[str, str]:
         values: Whether levels are the table's third and fourth word (values) or first and second (keys).
 
     Returns:
-        Text with outputs 8 a unit; inputs four a load (see `registers`; a load of fewer words repeats each of them),
-        then the table's four words. And the constraints for all of them.
+        Text with outputs 8 a unit; inputs four a load (see `registers`; a load of fewer words repeats each of
+        them), then the table's four words. And the constraints for all of them.
     """
     outputs = 8 * units
     words, loads = _word_operands(bits * units)
@@ -73,7 +75,8 @@ def unpack_ptx(bits: int, units: int, values: bool) -> tuple[str, str]:
 
 def _word_operands(words: int) -> tuple[list[int], int]:
     """The input operand of each word, and how many loads there are."""
-    operands, load = [], 0
+    operands: list[int] = []
+    load = 0
     for size in (4, 2, 1):
         while words - len(operands) >= size:
             operands += [4 * load + k * (4 // size) for k in range(size)]
@@ -149,7 +152,8 @@ def _pair(quad: list[str], low: str) -> list[str]:
 def table_tensor(keys: tuple[int, int], values: tuple[int, int], device: torch.device) -> Tensor:
     """The level tables as every lane of a warp loads them: 16 bytes a lane, the same in each.
 
-    The load's address depends on the lane so that the compiler keeps the words in ordinary registers: a value that it
-    knows to be the same in all lanes goes to uniform ones, and `prmt` would copy it back at every use.
+    The load's address depends on the lane so that the compiler keeps the words in ordinary registers: a value
+    that it knows to be the same in all lanes goes to uniform ones, and `prmt` would copy it back at every
+    use.
     """
     return torch.tensor([*keys, *values] * 32, dtype=torch.int32, device=device)

@@ -1,10 +1,12 @@
-"""Where does each code lie inside a block of 32 tokens? The only file that knows.
+"""Where does each code lie inside a block of 32 tokens? The only file that knows, with `registers`.
 
-A block holds 32 tokens of `width` coordinates at `bits` bits in width * bits int32 words, no bit unused. A
-width in bits that is no power of two is stored as pieces that are: 3 bits are a 2-bit and a 1-bit piece. A
-piece of p bits is 4p rows of `width` bytes; row k, bits p*m .. p*m + p - 1 belong to token 4p*m + k. So both
-directions are byte operations on whole rows, and one code can be rewritten without touching its neighbours.
-(Words hold their bytes as a little-endian machine does.)
+Codes of 1..4 bits in widths that are multiples of 32 lie in register order, as the fast kernels read them:
+see `turboquant_kernels.registers`. The others lie in rows: a block holds 32 tokens of `width` coordinates at
+`bits` bits in width * bits int32 words, no bit unused. A width in bits that is no power of two is stored as
+pieces that are: 5 bits are a 4-bit and a 1-bit piece. A piece of p bits is 4p rows of `width` bytes; row k,
+bits p*m .. p*m + p - 1 belong to token 4p*m + k. So both directions are byte operations on whole rows. (Words
+hold their bytes as a little-endian machine does.) In either order, one code can be rewritten without touching
+its neighbours.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Side", "pack", "unpack", "words_per_block"]
+from turboquant_kernels import registers
+from turboquant_kernels.registers import BLOCK
 
-BLOCK = 32
-"""Tokens a block."""
+__all__ = ["BLOCK", "Side", "in_register_order", "pack", "unpack", "words_per_block"]
 
 Side = Literal["key", "value"]
+
+
+def in_register_order(width: int, bits: int) -> bool:
+    """Whether such codes lie as a tensor core's registers want them."""
+    return 1 <= bits <= registers.MAX_BITS and width > 0 and width % registers.UNIT == 0
 
 
 def words_per_block(width: int, bits: int) -> int:
@@ -39,6 +46,8 @@ def pack(codes: Tensor, bits: int, side: Side) -> Tensor:
         (..., width * bits) int32, contiguous.
     """
     width = codes.shape[-1]
+    if in_register_order(width, bits):
+        return registers.pack_keys(codes, bits) if side == "key" else registers.pack_values(codes, bits)
     rows = []
     below = bits
     for piece in _pieces(bits):
@@ -70,6 +79,9 @@ def unpack(words: Tensor, bits: int, width: int, side: Side) -> Tensor:
     Returns:
         (..., 32, width) uint8, contiguous.
     """
+    if in_register_order(width, bits):
+        unpack_side = registers.unpack_keys if side == "key" else registers.unpack_values
+        return unpack_side(words, bits, width)
     octets = words.contiguous().view(torch.uint8).view(*words.shape[:-1], 4 * bits, width)
     codes: Tensor | None = None
     row = 0

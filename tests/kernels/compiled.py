@@ -1,0 +1,63 @@
+"""Compile the decode kernel for sm_90 without a device, and print what its machine code is made of (JSON).
+
+python compiled.py KEY_BITS VALUE_BITS HEAD_DIM ROWS BLOCKS [REGISTERS]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
+
+
+def loops(sass: str) -> list[Counter[str]]:
+    """Instructions by name of each loop that uses the tensor cores: from a backward branch's target to it."""
+    found = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
+    bodies = []
+    for place, name, operands in found:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
+        if target and int(target[1], 16) < place:
+            body = Counter(other for at, other, _ in found if int(target[1], 16) <= at <= place)
+            bodies += [body] if body["IMMA"] else []
+    return bodies
+
+
+def main(key_bits: int, value_bits: int, dim: int, rows: int, blocks: int, registers: int = 0) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from turboquant_kernels.decode.launch import settings_for
+    from turboquant_kernels.decode.sm90 import source_for
+
+    how = settings_for(rows, dim, key_bits, value_bits, blocks)
+    how = replace(how, registers=registers or how.registers)
+    source = source_for(
+        KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
+        WARPS=how.warps, SOFTCAP=False, DEPENDENTS=True,
+    )  # fmt: skip
+    options = {"num_warps": how.warps, "maxnreg": how.registers}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
+    # A lane of a warp decodes 32 codes of keys and 32 of values for each unit of a block.
+    elements = how.subs * 2 * dim
+    print(json.dumps({"sizes": sizes, "whole": whole, "loops": loops(sass), "elements": elements}))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

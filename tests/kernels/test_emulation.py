@@ -1,0 +1,201 @@
+"""Is the fast kernel's arithmetic exact enough? Its emulation against float64, adversarial inputs too."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import emulation
+import pytest
+import torch
+from ptx import movmatrix_transposed
+from torch import Tensor
+
+from turboquant.codebook import grid_codebook
+from turboquant_kernels import registers
+
+TOLERANCE = 1e-3  # of sum p |v|
+
+
+def positive_levels(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
+    """The grid codebook's whole levels L >= 0 of (L + 1/2) / scale."""
+    book = grid_codebook(bits, dim)
+    upper = book.centroids[2 ** (bits - 1) :].double()
+    for top in range(127, 0, -1):
+        scale = (top + 0.5) / float(upper[-1])
+        whole = upper * scale - 0.5
+        if (whole - whole.round()).abs().max() < 1e-4:
+            return tuple(int(x) for x in whole.round()), scale
+    raise AssertionError("these levels lie on no int8 grid")
+
+
+@dataclass
+class Layer:
+    """Packed random codes: every bit pattern is a code."""
+
+    words: list[Tensor]
+    norms: list[Tensor]
+    bits: tuple[int, int]
+    dim: int
+
+    @staticmethod
+    def random(heads: int, tokens: int, bits: tuple[int, int] = (4, 4), dim: int = 128, batch: int = 1,
+               seed: int = 0, norm: float = 11.0) -> Layer:  # fmt: skip
+        source = torch.Generator().manual_seed(seed)
+        blocks = -(-tokens // 32)
+        words = [
+            torch.randint(-(2**31), 2**31, (batch, heads, blocks, dim * b), generator=source).int()
+            for b in bits
+        ]
+        norms = [
+            (around * (0.8 + 0.4 * torch.rand(batch, heads, 32 * blocks, generator=source))).half()
+            for around in (norm, 1.0)
+        ]
+        return Layer(words, norms, bits, dim)
+
+    def dense(self) -> list[Tensor]:
+        found = []
+        unpackers = (registers.unpack_keys, registers.unpack_values)
+        for words, norms, bits, unpack in zip(self.words, self.norms, self.bits, unpackers, strict=True):
+            positive, scale = positive_levels(bits, self.dim)
+            both = [-x - 0.5 for x in reversed(positive)] + [x + 0.5 for x in positive]
+            levels = torch.tensor(both, dtype=torch.float64) / (scale * math.sqrt(self.dim))
+            codes = unpack(words, bits, self.dim).flatten(2, 3).long()
+            found.append((levels[codes] * norms.double()[..., None]).nan_to_num(0.0))
+        return found
+
+    def attend(self, query: Tensor, **options) -> Tensor:
+        tables = [positive_levels(bits, self.dim) for bits in self.bits]
+        chosen = {"queries_per_head": 1, "length": self.norms[0].shape[-1], "softmax_scale": self.dim**-0.5}
+        return emulation.attend_codes(
+            query, *self.words, *self.norms, levels=tuple(t[0] for t in tables), key_bits=self.bits[0],
+            value_bits=self.bits[1], key_scale=tables[0][1], value_scale=tables[1][1], **(chosen | options),
+        )  # fmt: skip
+
+
+def error(
+    layer: Layer, query: Tensor, *, queries: int = 1, length: int | None = None, moving: int = 0,
+    skipped: int = 0, first: tuple[int, ...] | None = None, softcap: float | None = None, **options,
+) -> float:  # fmt: skip
+    """The largest error of an output row, divided by its sum p |v|; what nobody may see is poisoned."""
+    tokens = layer.norms[0].shape[-1]
+    length = tokens if length is None else length
+    begin = torch.tensor(first or (0,) * query.shape[0])
+    for norms in layer.norms:
+        norms[..., length + moving * (queries - 1) :] = math.nan
+        for i, number in enumerate(begin.tolist()):
+            norms[i, :, : number + skipped] = math.nan
+    place = torch.arange(tokens)
+    row = torch.arange(query.shape[2]) % queries
+    seen = (place >= begin[:, None, None] + skipped) & (place < (length + moving * row)[None, :, None])
+    found = layer.attend(
+        query, queries_per_head=queries, length=length, moving=moving, skipped=skipped,
+        first=begin if first else None, softcap=softcap, **options,
+    )  # fmt: skip
+    keys, values = layer.dense()
+    scores = query.double() @ keys.mT * layer.dim**-0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    p = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    total = (p * values.norm(dim=-1)[:, :, None]).sum(-1, keepdim=True)
+    off = (found.double() - p @ values).norm(dim=-1, keepdim=True)
+    nothing = total == 0
+    assert (off[nothing] == 0).all(), "a row that sees nothing is exactly zero"
+    off = (off / total.clamp_min(1e-300)).nan_to_num(torch.inf)
+    return float(off[~nothing].max()) if (~nothing).any() else 0.0
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (1, 1), (4, 2)])
+def test_random_codes(bits, dim):
+    layer = Layer.random(2, 900, bits, dim)
+    assert error(layer, normal(1, 2, 4, dim), length=877) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 3000])
+@pytest.mark.parametrize("subs", [1, 2])
+def test_lengths_and_steps(tokens, subs):
+    assert error(Layer.random(2, tokens), normal(1, 2, 3, 128), length=tokens, subs=subs) < TOLERANCE
+
+
+def test_several_queries_padding_sinks_and_softcap():
+    assert error(Layer.random(2, 700), normal(1, 2, 8, 128), queries=4, moving=1, length=650) < TOLERANCE
+    assert error(Layer.random(2, 64), normal(1, 2, 2, 128), queries=2, moving=1, length=0) < TOLERANCE
+    layer = Layer.random(2, 1000, batch=3)
+    assert error(layer, normal(3, 2, 4, 128), first=(0, 777, 1000), skipped=4, length=998) < TOLERANCE
+    assert error(Layer.random(2, 1000), normal(1, 2, 4, 128), softcap=3.0) < TOLERANCE
+
+
+def dominant(share: float, tokens: int) -> tuple[Layer, Tensor]:
+    """One token has about this share of the weight, over a background whose values do not cancel."""
+    layer = Layer.random(1, tokens)
+    layer.words[1].fill_(0x77777777)
+    target = layer.dense()[0][:, :, tokens // 3]
+    gain = math.log(tokens * share / (1 - share)) * math.sqrt(128) / target.square().sum(-1, keepdim=True)
+    return layer, ((target * gain)[:, :, None] * torch.tensor([1.0, 0.9, 1.1])[:, None]).float()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_one_dominant_token_over_a_faint_background(share):
+    assert error(*dominant(share, 16384)) < TOLERANCE
+
+
+def test_equal_scores_huge_values_and_sharp_scores():
+    layer = Layer.random(1, 32768, (2, 2))
+    layer.words[1].fill_(0x77777777)
+    assert error(layer, torch.zeros(1, 1, 4, 128)) < TOLERANCE
+    for scale in (1.0, 0.0):
+        layer = Layer.random(2, 4096)
+        layer.norms[1][..., 2001] = 1e4
+        layer.norms[1][..., 17] = 0.0
+        layer.norms[0][..., 18] = 0.0
+        assert error(layer, scale * normal(1, 2, 4, 128)) < TOLERANCE
+    assert error(Layer.random(2, 3000, norm=300.0), 10 * normal(1, 2, 4, 128), length=2999) < TOLERANCE
+
+
+def test_nan_in_a_query_is_nan_in_its_row_alone():
+    layer = Layer.random(2, 500)
+    query = normal(1, 2, 4, 128)
+    query[0, 1, 2, 77] = math.nan
+    expected = torch.zeros(1, 2, 4, 128, dtype=torch.bool)
+    expected[0, 1, 2] = True
+    assert torch.equal(torch.isnan(layer.attend(query)), expected)
+
+
+def test_eight_bits_of_fixed_point_are_too_few(monkeypatch):
+    monkeypatch.setattr(emulation, "FIXED", 127.0)
+    assert error(*dominant(0.9, 8192)) > TOLERANCE
+
+
+def test_levels_without_their_halves_are_wrong(monkeypatch):
+    whole = emulation.whole_levels
+    monkeypatch.setattr(emulation, "whole_levels", lambda *given: whole(*given) + 1)
+    assert error(Layer.random(2, 1000), normal(1, 2, 4, 128)) > TOLERANCE
+
+
+@pytest.mark.parametrize(("headroom", "enough"), [(36.0, True), (0.0, False)])
+def test_one_huge_value_does_not_coarsen_the_rest(headroom, enough):
+    """Relative to a running maximum, what comes after a huge value of little weight would be rounded away."""
+    layer = Layer.random(1, 4096)
+    layer.words[1].fill_(0x77777777)
+    layer.words[1][:, :, 0].fill_(-1)
+    layer.norms[1][..., :32] = 3e4
+    layer.norms[1][..., 1:32] = 0.0
+    layer.norms[0].fill_(1.0)
+    assert (
+        error(layer, torch.zeros(1, 1, 1, 128), headroom=headroom, warps=1, splits=1) < TOLERANCE
+    ) == enough
+
+
+def test_register_transposition_is_its_own_inverse():
+    """Lane 4 r + c holds elements 2 c, 2 c + 1 of row r; afterwards of column r."""
+    row, column = torch.arange(8)[:, None], torch.arange(8)
+    matrix = 8 * row + column
+    packed = (matrix[:, 0::2] | (matrix[:, 1::2] << 16)).flatten()
+    moved = movmatrix_transposed(packed)
+    assert torch.equal(moved, (matrix.T[:, 0::2] | (matrix.T[:, 1::2] << 16)).flatten())
+    assert torch.equal(movmatrix_transposed(moved), packed)
