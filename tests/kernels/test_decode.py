@@ -83,7 +83,7 @@ CHUNKS = st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_siz
     softcap=st.sampled_from([None, 2.0]),
     tile=st.sampled_from([64, 1 << 21]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 def test_each_query_reads_what_the_rule_says_whatever_the_chunking(
     chunks, window, sinks, kind, padding, masked, fixed, softcap, tile
 ) -> None:

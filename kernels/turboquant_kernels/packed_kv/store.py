@@ -502,12 +502,10 @@ class PackedKV:
             self._fit(half, x[:, :, : count - self.window if count - self.window > kept else count], 0)
 
     def _reserve(self, half: Half, tokens: int) -> None:
-        """Make room for so many tokens' codes: what they need, or a few per cent more than there was."""
+        """Make room for so many tokens' codes, and no more: a copy every 32 tokens costs next to nothing."""
         blocks, held = -(-tokens // BLOCK), half.scales[0].shape[2] // BLOCK
         if blocks <= held:
             return
-        if held:
-            blocks = max(blocks, held + held // 32)
         half.words = [_grown(words, blocks) for words in half.words]
         half.scales = [_grown(numbers, blocks * BLOCK) for numbers in half.scales]
 
