@@ -1,6 +1,9 @@
 """Do encode and decode cost little more than the rotation's matrix product, and little memory?
 
 Ratios to `torch.mm(x, R, out=...)` are taken interleaved in one run: a busy machine slows both sides alike.
+The limits hold where the product is not far ahead of the cache: a Xeon whose product ran at 200 GFLOP/s on
+two threads needed as long for the rest as the EPYC that met the limits, and encoded at 3.8 to
+4.4 times its product.
 """
 
 import statistics
