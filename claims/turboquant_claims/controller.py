@@ -40,7 +40,7 @@ class Collected(Protocol):
 
 
 def unit_id(nodeid: str) -> str:
-    """The unit that a test id ends with (also before the group that xdist appends); empty if it is none."""
+    """The unit that a test id ends with; empty if it is none."""
     inside = nodeid.rpartition("[")[2].rpartition("]")[0]
     return inside if "|" in inside else ""
 

@@ -6,7 +6,6 @@ and torch only with the subjects. Each process judges its cells and sends its li
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -236,8 +235,6 @@ class Checks:
 
     def _parameter(self, unit: Unit) -> Any:
         marks = [getattr(pytest.mark, need) for need in unit.claim.needs if need in ("gpu", "slow")]
-        if self.config.pluginmanager.hasplugin("xdist"):
-            marks.append(pytest.mark.xdist_group(hashlib.sha256(unit.measurement.encode()).hexdigest()[:8]))
         return pytest.param(unit, id=unit.id, marks=marks)
 
     @pytest.hookimpl(tryfirst=True)

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     out = ROOT / "reports/out/publish"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", "claims", "-n", "2", "--out", str(out), *arguments]
+    workers = ["-n", "2", "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", "claims", *workers, "--out", str(out), *arguments]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status:
         print(f"error: not published, since the run failed; its results are in {out}", file=sys.stderr)

@@ -313,7 +313,7 @@ def pytest_runtest_protocol(item):
 """
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "loadgroup")])
+@pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "worksteal")])
 def test_a_lost_test_fails_the_session_and_is_named(session: "Session", options: tuple[str, ...]) -> None:
     session.write(CHECK_ONE, ONE, conftest=SWALLOW)
     result = session.run_apart(*options) if options else session.run()
@@ -344,14 +344,15 @@ def test_a_check_that_is_repeated_until_it_passes_fails_the_session(session: "Se
     result.stdout.fnmatch_lines(["error: toy-one|k=1 ran more than once*"])
 
 
-def test_a_worker_that_crashes_breaks_its_cell_only(session: "Session") -> None:
+@pytest.mark.parametrize("options", [("-n", "1"), ("-n", "2", "--dist", "worksteal")])
+def test_a_worker_that_crashes_breaks_its_cell_only(session: "Session", options: tuple[str, ...]) -> None:
     session.write(
         'import os\n@claim("toy-one")\ndef test_one(cell, record):\n'
         "    if cell['k'] == 1:\n        os._exit(3)\n    record.figure(cell['k'])\n",
         ONE,
         claim_toml("two", '{ stated = "1" }'),
     )
-    assert session.run_apart("-n", "1").ret == FAILED
+    assert session.run_apart(*options).ret == FAILED
     assert session.told() == {
         "toy-one k=1": ("broken", "the worker process that ran it crashed"),
         "toy-one k=2": ("ran", "supported"),
@@ -386,7 +387,7 @@ def test_workers_together_write_what_one_process_writes(session: "Session") -> N
 
     assert session.run().ret == OK
     alone = stable(), session.samples("toy-two")
-    result = session.run_apart("-n", "2", "--dist", "loadgroup")
+    result = session.run_apart("-n", "2", "--dist", "worksteal")
     assert result.ret == OK
     assert (stable(), session.samples("toy-two")) == alone
     told = ["toy-one ran", "toy-one ran", "toy-two ran", "toy-three not run"]
