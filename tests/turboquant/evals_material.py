@@ -19,16 +19,16 @@ TEXT = "The quick brown fox jumps over the lazy dog, and nobody knows why it doe
 
 
 @functools.cache
-def tiny() -> LlamaForCausalLM:
-    """Two layers, 4 query and 2 key heads; random weights, large enough to make attention uneven."""
+def tiny(layers: int = 2, kv_heads: int = 2, dim: int = DIM) -> LlamaForCausalLM:
+    """A Llama with 4 query heads; random weights, large enough to make attention uneven."""
     config = LlamaConfig(
         vocab_size=needle.VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=DIM,
+        num_key_value_heads=kv_heads,
+        head_dim=dim,
         max_position_embeddings=2048,
         initializer_range=0.15,
         bos_token_id=None,

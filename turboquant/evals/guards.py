@@ -36,7 +36,7 @@ __all__ = [
 Law = Literal["mse", "prod"]
 """What theory says of an estimate x' of x: "mse" E<x', x> = E|x'|^2, centroids; "prod" E<x', x> = |x|^2."""
 
-LAW_SPREADS = 4
+LAW_SPREADS = 5
 """Standard deviations of the mean over rotations that an arm may miss its law by; and, of |x|^2, besides:"""
 
 LAW_FLOOR = 0.005
