@@ -7,6 +7,7 @@ import pytest
 import torch
 from evals_material import TEXT, tiny, tokenizer
 
+from turboquant import needle
 from turboquant.evals.arms import arm, arms
 from turboquant.evals.niah import Trial, niah, suffixes, text_ids, tokens
 from turboquant.evals.prefix import as_rows, forward, prefill
@@ -173,3 +174,12 @@ def test_prompts_that_are_no_batch_are_refused(rows, told):
 def test_a_run_without_baseline_is_refused():
     with pytest.raises(ValueError, match="no arm is exact"):
         list(niah(tiny(), tokenizer(), [arm("int4")], context=300, trials=1, text=TEXT))
+
+
+def test_the_shipped_model_finds_needles_at_4_bits_and_not_at_1():
+    model, own = needle.load()
+    names = ["exact", "tq4", "tq3.5", "tq1"]
+    records = intact(niah(model, own, arms(names), context=1024, trials=3, depths=[0.0, 0.5, 1.0], seed=1))
+    found = {name: [r.correct for r in records if r.arm == name] for name in names}
+    assert all(found["exact"] + found["tq4"] + found["tq3.5"])
+    assert not any(found["tq1"])

@@ -203,14 +203,21 @@ def prefill(
         The ids, on the model's device, with their keys and values.
 
     Raises:
-        ValueError: If the prompt is empty, longer than the model's context, or its rows differ in length.
+        ValueError: If the prompt is empty, longer than the model's context, or its rows differ in length; or
+            if the model has no full-attention layer.
     """
     rows = as_rows(ids).to(model.device)
     check_length(model, rows.shape[1])
     cache = DynamicCache(config=model.config)
     for part in torch.split(rows, chunk or max(1, FORWARD_TOKENS // len(rows)), dim=1):
         model.base_model(input_ids=part, use_cache=True, **{cache_argument(model.base_model): cache})
-    return Prefix(rows, cache)
+    prefix = Prefix(rows, cache)
+    if not prefix.layers:
+        raise ValueError(
+            "this model has no full-attention layer whose keys and values could be compressed: "
+            "its sliding or linear layers keep a state of fixed size"
+        )
+    return prefix
 
 
 @torch.no_grad()
