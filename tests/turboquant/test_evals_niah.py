@@ -183,3 +183,18 @@ def test_the_shipped_model_finds_needles_at_4_bits_and_not_at_1():
     found = {name: [r.correct for r in records if r.arm == name] for name in names}
     assert all(found["exact"] + found["tq4"] + found["tq3.5"])
     assert not any(found["tq1"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["dense", "torch", "auto"])
+def test_the_shipped_model_on_cuda(backend):
+    model, own = needle.load("cuda")
+    names = ["exact", "fp8", "int4", "kivi2", "tq4", "tq3.5", "tq2.5-oblivious", "tq3-prod", "tq1"]
+    chosen = arms(names, backend=backend)
+    records = intact(niah(model, own, chosen, context=8192, trials=8, depths=[0.0, 0.5, 1.0]))
+    found = {name: [r.correct for r in records if r.arm == name] for name in names}
+    assert all(found["exact"] + found["fp8"] + found["tq4"] + found["tq3.5"])
+    assert not all(found["tq1"])
+    ours = {r.backend for r in records if r.arm == "tq4"}
+    assert ours == {"sdpa"} if backend == "dense" else ours <= {"torch", "triton"}
+    assert {r.backend for r in records if r.arm == "int4"} == {"sdpa"}
