@@ -185,17 +185,17 @@ class _Hook:
         tokens = _tokens(given)
         if tokens == 0:
             raise ValueError("the prompt is empty: give at least one token")
-        ours: TurboQuantCache | None = None
         if cache is None or (type(cache) is DynamicCache and int(cache.get_seq_length()) == 0):
             ours = self._replacement(cache)
             given = {n: v for n, v in given.items() if n not in CACHE_NAMES} | {name: ours}
             args, kwargs, cache = (), given, ours
         if tokens > 1 and isinstance(cache, Cache):
             self._check_context(module, tokens + int(cache.get_seq_length()))
-        # A single new token is never a padding token, and asking would wait for the device.
-        if isinstance(cache, TurboQuantCache) and (tokens > 1 or cache is ours) and cache.padding_open:
-            total = tokens + int(cache.get_seq_length())
-            cache.pad(_padding_mask(given.get("attention_mask"), total))
+        if isinstance(cache, TurboQuantCache):
+            # With a capacity, a decoding step does not wait for the device to tell its length.
+            before = cache.get_seq_length()
+            if (tokens > 1 or isinstance(before, int)) and cache.padding_open:
+                cache.pad(_padding_mask(given.get("attention_mask"), tokens + int(before)))
         return args, kwargs
 
     def _replacement(self, cache: DynamicCache | None) -> TurboQuantCache:

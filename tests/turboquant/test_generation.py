@@ -110,6 +110,9 @@ def test_a_row_does_not_depend_on_its_padding() -> None:
     alone = generate(llama, IDS[:1, 9:])
     assert torch.equal(batch.sequences[0, 40:], alone.sequences[0, 31:])
     assert max((a[0] - b[0]).abs().max() for a, b in zip(batch.logits, alone.logits, strict=True)) < 1e-4
+    for size in (1, 7):  # the first chunks of a row may be nothing but padding
+        chunked = generate(llama, IDS, MASK, prefill_chunk_size=size)
+        assert max((a - b).abs().max() for a, b in zip(batch.logits, chunked.logits, strict=True)) < 1e-4
     other = generate(llama, IDS, torch.ones_like(IDS))
     assert (batch.logits[0][0] - other.logits[0][0]).abs().max() > 0.1
 
