@@ -5,6 +5,8 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from toy_ledger import claim_toml
 
 if TYPE_CHECKING:
@@ -55,6 +57,40 @@ def test_a_killed_run_is_completed(session: "Session") -> None:
     assert [line["cell"]["k"] for line in session.samples("toy-one")] == [1, 2, 3]
     assert (session.out / "results.broken.txt").read_text() == half + "\n"
     result.stdout.fnmatch_lines(["warning: the last line of*results.jsonl was cut short*results.broken.txt"])
+
+
+@given(kept=st.floats(0, 1))
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate],  # shrinking would take minutes of runs
+)
+def test_wherever_the_file_ends_a_resumed_run_is_that_of_no_kill(session: "Session", kept: float) -> None:
+    def told() -> tuple[object, object]:
+        drop = {"seconds", "provenance"}
+        return [line.model_dump(exclude=drop) for line in session.lines().values()], session.samples(
+            "toy-one"
+        )
+
+    session.write(CHECK, CLAIM)
+    (session.pytester.path / "measured.txt").unlink(missing_ok=True)
+    assert session.run().ret == pytest.ExitCode.OK
+    whole = told()
+    path = session.out / "results.jsonl"
+    text = path.read_text()
+    path.write_text(text[: round(kept * len(text))])
+    assert session.run("--resume").ret == pytest.ExitCode.OK
+    # A line is whole once its last brace is there, newline or not.
+    finished = [number for number, end in enumerate(ends(text), 1) if end <= round(kept * len(text))]
+    again = [str(number) for number in (1, 2, 3) if number not in finished]
+    assert measured(session) == ["1", "2", "3", *again]
+    assert told() == whole
+
+
+def ends(text: str) -> list[int]:
+    """Where each line ends, its newline left out."""
+    return [index for index, character in enumerate(text) if character == "\n"]
 
 
 def test_workers_keep_finished_cells_too(session: "Session") -> None:
