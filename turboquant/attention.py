@@ -52,7 +52,7 @@ def attach(
             a sink, else from codes, whatever the chunking: for evaluations. "raw": as deployed, new tokens
             read one another raw, so that a single prefill measures the uncompressed model; the cache says so
             (`TurboQuantCache.scored_from_raw_prefill`).
-        backend: "auto", "torch" or "triton"; each cache's `backend` says which ran.
+        backend: "auto", "torch" or "gluon"; each cache's `backend` says which ran.
         seed: Picks rotations and sketches, instead of the profile's.
 
     Raises:

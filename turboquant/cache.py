@@ -29,6 +29,7 @@ from turboquant.codebook import Codebook, codebook, grid_codebook
 from turboquant.profiles import Profile
 from turboquant.profiles import profile as find_profile
 from turboquant.rotation import generator, make_rotation
+from turboquant.theory import grid_levels
 from turboquant_kernels.decode import choose
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, Sketch, VectorCodec
 
@@ -102,7 +103,11 @@ def _run(channels: int, bits: int, dim: int) -> Run:
     """A codebook of the dimension that is rotated together: a Gaussian one costs 1.8 % at 32 and 4 bits."""
     book: Codebook = grid_codebook(bits, dim) if 1 <= bits <= 4 else codebook(bits, dim)
     levels = book.centroids if bits <= 4 else book.centroids.half().float()
-    return Run(channels, bits, levels, book.thresholds)
+    grid = None
+    if 1 <= bits <= 4:
+        halves, scale, _ = grid_levels(bits, dim)
+        grid = (tuple(int(level - 0.5) for level in halves), scale)
+    return Run(channels, bits, levels, book.thresholds, grid)
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,8 @@ class TurboQuantCache(Cache):
         dtype: Their dtype, checked; None takes the first ones'.
         capacity: Tokens to allocate for at once, with lengths on the device: compileable and capturable in a
             graph, for attached models; None grows.
-        backend: "torch", "triton" or "auto"; the attribute `backend` says which it became.
+        backend: "torch", "gluon" (the kernel for Hopper GPUs; an error where it cannot serve) or "auto" (the
+            kernel where it can); the attribute `backend` says which it became.
         prefill: What queries of several new tokens read: "codes" (a token raw if it is less than `window`
             back or a sink, else its codes, whatever the chunking) or "raw" (as deployed: all new tokens raw).
         offloading: Keep layers on the CPU between their turns (CUDA only), as transformers' own caches.
@@ -332,7 +338,7 @@ class TurboQuantCache(Cache):
         if prefill not in ("codes", "raw"):
             raise ValueError(f"prefill must be 'codes' or 'raw', not {prefill!r}")
         self.profile = find_profile(profile, seed=seed)
-        self.backend, attend = choose(backend)
+        self._attend = attend = choose(backend)
         self.prefill = prefill
         text = config.get_text_config(decoder=True)
         dim = _head_dim(text)
@@ -345,6 +351,16 @@ class TurboQuantCache(Cache):
         for i in compressed:
             layers[i] = PackedLayer(_store(self.profile, bits[i], dim, i, capacity), settings)
         super().__init__(layers=layers, offloading=offloading)
+
+    @property
+    def backend(self) -> str:
+        """What reads codes in decoding steps: "gluon" or "torch"; before the first, what was asked for."""
+        return self._attend.ran
+
+    @property
+    def backend_reason(self) -> str | None:
+        """Why backend="auto" did not take the kernel in the last decoding step, if it did not."""
+        return self._attend.reason
 
     @property
     def packed(self) -> dict[int, PackedLayer]:

@@ -38,6 +38,8 @@ def attend_codes(
     skipped: int = 0, first: Tensor | None = None,
     softcap: float | None = None, subs: int = 1, warps: int = 4, splits: int = 3,
     headroom: float = 36.0,
+    floor: int = 0,
+    raw: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""
     batch, heads, rows, dim = query.shape
@@ -55,7 +57,7 @@ def attend_codes(
         score = cap * torch.tanh(score / cap)
     tokens = key_norms.shape[-1]
     place = torch.arange(tokens, device=query.device)
-    limit = length + moving * (torch.arange(rows, device=query.device) % queries_per_head)
+    limit = (length + moving * (torch.arange(rows, device=query.device) % queries_per_head)).clamp_min(floor)
     begin = torch.full((batch, 1, 1, 1), skipped, device=query.device)
     if first is not None:
         begin = begin + first.view(-1, 1, 1, 1)
@@ -101,7 +103,12 @@ def attend_codes(
         totals.append((total * share).sum(-1))
         references.append(top[..., 0])
     reference = torch.stack(references)
-    share = torch.exp2(reference - reference.amax(0))
+    top = reference.amax(0) if raw is None else torch.maximum(reference.amax(0), raw[1][..., 0])
+    share = torch.exp2(reference - top)
     total = (torch.stack(totals) * share).sum(0)[..., None]
+    if raw is not None:
+        raw_share = torch.exp2(raw[1][..., 0] - top)
+        total = total + (raw[1][..., 1] * raw_share)[..., None]
+        raw[0].mul_(raw_share[..., None]).div_(total.clamp_min(1e-30))
     out = (torch.stack(outs) * share[..., None]).sum(0) / (value_scale * math.sqrt(dim)) / total
     return torch.where(total == 0, 0.0, out)

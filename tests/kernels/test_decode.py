@@ -321,8 +321,10 @@ def test_bad_shapes_and_backends() -> None:
         attend(normal(B, H, 4, D, seed=1), reading, scale=SCALE)
     with pytest.raises(ValueError, match="a multiple of 2"):
         attend(normal(B, 3, 5, D, seed=1), reading, scale=SCALE)
-    assert choose("auto")[0] == choose("torch")[0] == "torch"
+    asked = choose("torch")
+    asked(normal(B, H, 5, D, seed=1), reading, scale=SCALE)
+    assert (asked.ran, asked.reason) == ("torch", None)
     with pytest.raises(ValueError, match="no triton kernel"):
         choose("triton")
-    with pytest.raises(ValueError, match="one of auto, torch, triton, not 'cuda'"):
+    with pytest.raises(ValueError, match="one of auto, gluon, triton, torch, not 'cuda'"):
         choose("cuda")

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from turboquant import rival_caches
 from turboquant.evals.guards import Law, reachable_bytes
 from turboquant.subjects import resolve_cache
+from turboquant_kernels.decode import BACKENDS
 
 __all__ = ["EXAMPLES", "WINDOW", "Arm", "arm", "arms"]
 
@@ -124,7 +125,7 @@ def arm(name: str, *, window: int | None = None, backend: str = "dense") -> Arm:
             `CacheSubject` and its bits.
         window: Newest tokens kept raw; None for 128, or a profile's own.
         backend: How ours is read: "dense" (decoded for the model's own attention, as the rivals are), or
-            by our attention over codes, "torch", "triton" or "auto".
+            by our attention over codes, "torch", "gluon" or "auto".
 
     Returns:
         The arm.
@@ -189,8 +190,8 @@ def _ours(name: str, base: str, variant: str | None, window: int | None, backend
     from turboquant.cache import IMPLEMENTATION, TurboQuantCache
     from turboquant.profiles import Profile, profile
 
-    if backend not in ("dense", "torch", "triton", "auto"):
-        raise ValueError(f"backend must be dense, torch, triton or auto, not {backend!r}")
+    if backend not in ("dense", *BACKENDS):
+        raise ValueError(f"backend must be dense, {', '.join(BACKENDS)}, not {backend!r}")
     found: Profile = profile(
         base,
         key_kind="prod" if variant == "-prod" else None,

@@ -1,35 +1,142 @@
-"""Which implementation of `attend` runs? Asked for by name, or the best one there is."""
+"""Which implementation of `attend` runs? Asked for by name, or the best one there is; and it is recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from typing import Any
+from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor
 
-from turboquant_kernels.decode.reference import attend
+from turboquant_kernels.decode import hopper, reference
+from turboquant_kernels.packed_kv import Reading
 
-__all__ = ["BACKENDS", "choose"]
+__all__ = ["BACKENDS", "Attention", "choose"]
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "gluon", "triton", "torch")
 
 
-def choose(backend: str) -> tuple[str, Callable[..., Tensor]]:
+class Attention:
+    """Attention over a `PackedKV` by the implementation that was asked for.
+
+    Args:
+        backend: As `choose` takes it.
+
+    Attributes:
+        backend: What was asked for.
+        decoding: What did the last step of at most 8 new tokens: "gluon" or "torch"; None before the first.
+        prefill: What did the last forward of more new tokens (always "torch"); None before the first.
+        reason: Why `decoding` is "torch" although "auto" prefers the kernel; None if it is not, or was asked
+            for.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.decoding: str | None = None
+        self.prefill: str | None = None
+        self.reason: str | None = None
+        self._mask: tuple[ReferenceType[Tensor], object, bool] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attention:
+        # A copied cache's layers go on recording in one place.
+        return self
+
+    @property
+    def ran(self) -> str:
+        """What reads codes in decoding steps, as far as it is known: it may depend on their shapes."""
+        return self.decoding or self.prefill or self.backend
+
+    def __call__(
+        self,
+        query: Tensor,
+        reading: Reading,
+        *,
+        scale: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        causal: bool = True,
+    ) -> Tensor:
+        """As `reference.attend`.
+
+        Raises:
+            ValueError: If shapes do not suit, or the implementation asked for cannot do this step.
+        """
+        if self.backend == "torch" or reading.queries > hopper.MOST_QUERIES:
+            why = None
+        else:
+            why = self._refusal(query, reading, mask, causal)
+            if why is None:
+                reference.check(query, reading)
+                self.decoding, self.reason = "gluon", None
+                return hopper.attend(query, reading, scale=scale, softcap=softcap)
+            if self.backend == "gluon":
+                raise ValueError(
+                    f"the gluon kernel cannot do this decoding step: {why}; use backend='torch', or 'auto', "
+                    "which takes it then"
+                )
+        if reading.queries > hopper.MOST_QUERIES:
+            self.prefill = "torch"
+        else:
+            self.decoding, self.reason = "torch", why
+        return reference.attend(query, reading, scale=scale, mask=mask, softcap=softcap, causal=causal)
+
+    def _refusal(self, query: Tensor, reading: Reading, mask: Tensor | None, causal: bool) -> str | None:
+        why = hopper.refusal(query, reading, causal, mask is not None)
+        if why is None and not _triton():
+            why = "it needs triton 3.6 or newer: pip install 'triton>=3.6'"
+        if why is None and mask is not None and not self._is_plain(mask, reading):
+            why = "masks that hide more than padding and later tokens are not supported"
+        return why
+
+    def _is_plain(self, mask: Tensor, reading: Reading) -> bool:
+        """Whether the mask adds nothing; asked once a forward, whose layers share a mask."""
+        state: object = None  # what a mask says may change between steps, or be reused
+        if not mask.is_inference():
+            state = (mask._version, reading.before if isinstance(reading.before, int) else None)
+            if self._mask is not None and self._mask[0]() is mask and self._mask[1] == state:
+                return self._mask[2]
+        plain = hopper.sees_all_before(mask, reading)
+        if torch.cuda.is_current_stream_capturing():
+            # Nothing can wait for the device now; it reports by itself when the graph is replayed.
+            torch._assert_async(plain, "a captured step got a mask that hides more than padding")
+            found = True
+        else:
+            found = bool(plain)
+        self._mask = (ref(mask), state, found)
+        return found
+
+
+def choose(backend: str) -> Attention:
     """Find an implementation.
 
     Args:
-        backend: "torch" (the reference), "triton" (the kernel) or "auto" (the kernel where there is one).
+        backend: "torch" (the reference), "gluon" (the kernel for Hopper) or "auto" (the kernel where it can
+            do the step). Forwards of more than 8 new tokens are always the reference's.
 
     Returns:
-        The name of the one that will run, to be recorded, and the function (see `reference.attend`).
+        The function (see `reference.attend`), which records what ran.
 
     Raises:
-        ValueError: If the name is unknown, or there is no such kernel.
+        ValueError: If the name is unknown, or there is no such kernel or no device for it.
     """
-    if backend in ("auto", "torch"):
-        return "torch", attend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "triton":
         raise ValueError(
-            "there is no triton kernel for attention over packed codes in this version: use backend='torch', "
-            "or 'auto', which takes the kernel where there is one"
+            "there is no triton kernel for attention over packed codes in this version: use backend='gluon' "
+            "on a GPU of compute capability 9.0, 'torch' anywhere, or 'auto'"
         )
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "gluon" and not torch.cuda.is_available():
+        raise ValueError(
+            "backend='gluon' needs a CUDA device of compute capability 9.0, and there is none: use "
+            "backend='torch', or 'auto', which takes the kernel where there is one"
+        )
+    return Attention(backend)
+
+
+def _triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon") is not None
+    except ModuleNotFoundError:
+        return False

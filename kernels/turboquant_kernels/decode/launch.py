@@ -82,9 +82,12 @@ def attend_codes(
     length: int,
     length_tensor: Tensor | None = None,
     moving: int = 0,
+    floor: int = 0,
+    floor_tensor: Tensor | None = None,
     skipped: int = 0,
     first: Tensor | None = None,
     softcap: float | None = None,
+    raw: tuple[Tensor, Tensor] | None = None,
     settings: Settings | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -106,9 +109,12 @@ def attend_codes(
         length: Codes that the first query of a head sees end here.
         length_tensor: () int64 on the device to add to it.
         moving: 1 if each further query sees one code more.
+        floor: Codes that every query sees end no earlier than here.
+        floor_tensor: () int64 on the device to use instead.
         skipped: Tokens after the padding that are not read.
         first: (B,) int64: padding tokens of each row.
         softcap: c of c tanh(s / c).
+        raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place.
         settings: How to cut the work.
         splits: Programs a head.
 
@@ -128,24 +134,26 @@ def attend_codes(
     out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
     root = math.sqrt(dim)
     attend_splits[(splits, batch * heads, -(-rows // how.queries))](
-        query, key_words, value_words, key_norms, value_norms, table, first, length_tensor, partial,
-        sums, blocks, splits, heads, rows, queries_per_head, skipped, length, moving,
-        softmax_scale * LOG2_E / (key_scale * root), (softcap or 0.0) * LOG2_E,
+        query, key_words, value_words, key_norms, value_norms, table, first, length_tensor,
+        floor_tensor, partial, sums, blocks, splits, heads, rows, queries_per_head, skipped, length,
+        moving, floor, softmax_scale * LOG2_E / (key_scale * root), (softcap or 0.0) * LOG2_E,
         KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
         WARPS=how.warps, SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps,
         maxnreg=how.registers,
     )  # fmt: skip
-    combine(partial, sums, out, 1 / (value_scale * root))
+    combine(partial, sums, out, 1 / (value_scale * root), raw)
     return out
 
 
-def combine(partial: Tensor, sums: Tensor, out: Tensor, factor: float) -> None:
+def combine(
+    partial: Tensor, sums: Tensor, out: Tensor, factor: float, raw: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Launch `combine_splits` so that its start overlaps the end of what is launched before it."""
     batch, heads, splits, rows, dim = partial.shape
     programs = batch * heads * rows
     columns = 32 if programs <= 256 else min(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
-        partial, sums, out, splits, rows, factor, DIM=dim, COLUMNS=columns, SPLITS=power,
-        AT_ONCE=min(power, 128), WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
+        partial, sums, out, *(raw or (None, None)), splits, rows, factor, DIM=dim, COLUMNS=columns,
+        SPLITS=power, AT_ONCE=min(power, 128), WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
     )  # fmt: skip

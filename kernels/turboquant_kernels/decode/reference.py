@@ -19,7 +19,7 @@ from torch import Tensor
 from turboquant_kernels.packed_kv import BLOCK, Reading
 from turboquant_kernels.packed_kv.codec import Term
 
-__all__ = ["attend", "attend_dense"]
+__all__ = ["attend", "attend_dense", "check"]
 
 _COORDINATES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 19}  # decoded; about 20 bytes of temporaries each
 _BLOCKS_AT_MOST = 16  # on an accelerator, where each costs launches
@@ -54,6 +54,26 @@ def attend(
     Raises:
         ValueError: If shapes do not suit.
     """
+    check(query, reading)
+    batch, heads, count, dim = query.shape
+    kv_heads = reading.raw_keys.shape[1]
+    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim) * scale
+    scores = _Scores(softcap, mask, kv_heads)
+    raw = _attend_raw(grouped, reading, scores, causal)
+    coded = _attend_codes(grouped, reading, scores)
+    return _joined(raw, coded, reading).to(query.dtype).view(query.shape)
+
+
+def check(query: Tensor, reading: Reading) -> None:
+    """Whether queries are those that a reading is for.
+
+    Args:
+        query: (B, H, n, D).
+        reading: What they read.
+
+    Raises:
+        ValueError: If shapes do not suit.
+    """
     batch, heads, count, dim = query.shape
     kv_heads = reading.raw_keys.shape[1]
     if heads % kv_heads or count != reading.queries or batch != reading.raw_keys.shape[0]:
@@ -62,11 +82,6 @@ def attend(
             f"{dim}), "
             f"not {tuple(query.shape)}"
         )
-    grouped = query.float().view(batch, kv_heads, heads // kv_heads, count, dim) * scale
-    scores = _Scores(softcap, mask, kv_heads)
-    raw = _attend_raw(grouped, reading, scores, causal)
-    coded = _attend_codes(grouped, reading, scores)
-    return _joined(raw, coded, reading).to(query.dtype).view(query.shape)
 
 
 @torch.no_grad()

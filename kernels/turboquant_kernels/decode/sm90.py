@@ -73,7 +73,7 @@ _LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0,
 
 
 # One compiled kernel for all sizes.
-_SIZES = ["blocks", "splits", "heads", "rows", "queries_per_head", "skipped", "length", "moving"]
+_SIZES = ["blocks", "splits", "heads", "rows", "queries_per_head", "skipped", "length", "moving", "floor"]
 
 
 @gluon.constexpr_function
@@ -372,8 +372,8 @@ def _output_phase(words, scores, norms, peak, state, scale, table, BITS: gl.cons
 
 @gluon.jit(do_not_specialize=_SIZES)
 def attend_splits(
-    q_ptr, key_words, value_words, key_norms, value_norms, table_ptr, first_ptr, length_ptr, partial_ptr,
-    sums_ptr, blocks, splits, heads, rows, queries_per_head, skipped, length, moving, score_scale, softcap,
+    q_ptr, key_words, value_words, key_norms, value_norms, table_ptr, first_ptr, length_ptr, floor_ptr,
+    partial_ptr, sums_ptr, blocks, splits, heads, rows, queries_per_head, skipped, length, moving, floor, score_scale, softcap,
     KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, UNITS: gl.constexpr, QUERIES: gl.constexpr,
     SUBS: gl.constexpr, WARPS: gl.constexpr, SOFTCAP: gl.constexpr, DEPENDENTS: gl.constexpr,
 ):  # fmt: skip
@@ -392,6 +392,7 @@ def attend_splits(
         table_ptr: `unpack.table_tensor`.
         first_ptr: (batch,) int64, padding tokens at the beginning of each row, or None.
         length_ptr: () int64 to add to `length`, or None.
+        floor_ptr: () int64 to use instead of `floor`, or None.
         partial_ptr: (batch, heads, splits, rows, head_dim) float32 out: sum of p |v| (L + 1/2).
         sums_ptr: (batch, heads, splits, rows, 2) float32 out: log2 of the reference of the sums, sum of p.
         blocks: Blocks a head has room for.
@@ -402,6 +403,7 @@ def attend_splits(
         skipped: Tokens after the padding whose codes are not read (sinks).
         length: Codes that the first query of a head sees end here.
         moving: 1 if each further query sees one code more, else 0.
+        floor: Codes that every query sees end no earlier than here.
         score_scale: log2(e) * softmax scale / (key level scale * sqrt(head_dim)).
         softcap: log2(e) * cap; read only if SOFTCAP.
         KEY_BITS: Bits a key code, 1..4.
@@ -431,20 +433,23 @@ def attend_splits(
         start += gl.load(first_ptr + head // heads).to(gl.int32)
     if length_ptr is not None:
         length += gl.load(length_ptr).to(gl.int32)
+    if floor_ptr is not None:
+        floor = gl.load(floor_ptr).to(gl.int32)
     last = blocks - 1
     query = (
         first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
     ) % queries_per_head
-    limit = gl.expand_dims(gl.expand_dims(length + moving * query, 0), 1)
+    limit = gl.expand_dims(gl.expand_dims(gl.maximum(length + moving * query, floor), 0), 1)
 
     # Steps of this split; those from first_full to end_full need no mask.
     first = start // STEP
-    stop = gl.maximum(length + moving * (queries_per_head - 1), 0)
+    floor = gl.maximum(floor, 0)
+    stop = gl.maximum(length + moving * (queries_per_head - 1), floor)
     count = gl.maximum((stop + STEP - 1) // STEP - first, 0)
     begin = first + count * split // splits
     end = first + count * (split + 1) // splits
     first_full = gl.minimum(gl.maximum((start + STEP - 1) // STEP, begin), end)
-    end_full = gl.maximum(gl.minimum(gl.maximum(length, 0) // STEP, end), first_full)
+    end_full = gl.maximum(gl.minimum(gl.maximum(length, floor) // STEP, end), first_full)
 
     keys = ()
     norms = ()
@@ -558,12 +563,17 @@ def source_for(**constants: int | bool) -> GluonASTSource:
         "key_norms": "*fp16",
         "value_norms": "*fp16",
     }
-    types |= {"table_ptr": "*i32", "first_ptr": "constexpr", "length_ptr": "constexpr"}
+    types |= {
+        "table_ptr": "*i32",
+        "first_ptr": "constexpr",
+        "length_ptr": "constexpr",
+        "floor_ptr": "constexpr",
+    }
     types |= {"partial_ptr": "*fp32", "sums_ptr": "*fp32"}
     pointers = {
         (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ != "constexpr"
     }
     types |= dict.fromkeys(_SIZES, "i32") | {"score_scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
-    values = {"first_ptr": None, "length_ptr": None, **constants}
+    values = {"first_ptr": None, "length_ptr": None, "floor_ptr": None, **constants}
     return GluonASTSource(attend_splits, types, values, pointers)

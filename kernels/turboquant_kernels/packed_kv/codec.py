@@ -47,12 +47,14 @@ class Run:
         bits: Bits a coordinate, 0..8.
         levels: float32 (2^bits,), ascending, for coordinates of variance 1.
         thresholds: float32 (2^bits - 1,), ascending; a code is the number of thresholds <= the coordinate.
+        grid: For levels +-(L + 1/2) / s with whole L, as int8 tensor cores need them: the positive L, and s.
     """
 
     width: int
     bits: int
     levels: Tensor
     thresholds: Tensor
+    grid: tuple[tuple[int, ...], float] | None = None
 
     def to(self, device: torch.device | str) -> Run:
         """The same run on another device."""

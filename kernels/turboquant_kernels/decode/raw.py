@@ -1,0 +1,118 @@
+"""What do the raw tokens (recent window and sinks) add to a decoding step's softmax? In plain Triton.
+
+    x = sum_t 2^(s_t - r) v_t,   l = sum_t 2^(s_t - r),   r = max_t s_t
+    s_t = log2(e) scale <q, k_t>, capped or not
+
+over the raw tokens that each query reads by the rules of `packed_kv.Reading`. `combine` joins it with the
+splits of the codes. Reference: the raw part of `decode.reference`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["attend_raw"]
+
+
+@triton.jit
+def _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP: tl.constexpr):
+    """Take a tile of tokens into a running softmax."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * (2.8853900817779268 / softcap)))
+    scores = tl.where(seen, scores, float("-inf"))
+    moved = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - moved[:, None])
+    keep = tl.exp2(top - moved)
+    total = total * keep + tl.sum(p, 1)
+    # Probabilities of 16 bits, twice: one would cost 2^-9 of each.
+    high = p.to(values.dtype)
+    x = tl.dot(high, values, x * keep[:, None], input_precision="ieee")
+    if values.dtype != tl.float32:
+        x = tl.dot((p - high.to(tl.float32)).to(values.dtype), values, x)
+    return moved, total, x
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "queries", "count", "before", "start", "window"])
+def attend_raw(
+    q_ptr, keys_ptr, values_ptr, tokens_ptr, sink_keys_ptr, sink_values_ptr, first_ptr, before_ptr, start_ptr,
+    x_ptr, sums_ptr, heads, rows, queries, count, before, start, window, scale, softcap,
+    SINKS: tl.constexpr, BANDED: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The raw tokens of one head, for up to ROWS query rows that share it.
+
+    Program (batch * heads + head, group of query rows).
+
+    Args:
+        q_ptr: (batch, heads, rows, DIM), not rotated; a row is a query head and, fastest, one of its queries.
+        keys_ptr: (batch, heads, count, DIM) of the queries' dtype.
+        values_ptr: The same.
+        tokens_ptr: (count,) int64, their numbers; below `start`: void.
+        sink_keys_ptr: (batch, heads, SINKS, DIM).
+        sink_values_ptr: The same.
+        first_ptr: (batch,) int64, padding tokens of each row, or None.
+        before_ptr: () int64 to use instead of `before`, or None.
+        start_ptr: () int64 to use instead of `start`, or None.
+        x_ptr: (batch, heads, rows, DIM) float32 out.
+        sums_ptr: (batch, heads, rows, 2) float32 out: r, l.
+        heads: Key and value heads.
+        rows: Query rows a head.
+        queries: New tokens.
+        count: Raw rows.
+        before: Number of the first query.
+        start: The first token that has a raw row.
+        window: Tokens further back are read from codes; read only if BANDED.
+        scale: log2(e) * softmax scale.
+        softcap: log2(e) * cap; read only if SOFTCAP.
+        SINKS: First tokens of a row that are kept apart.
+        BANDED: Whether the window's edge moves with the query.
+        SOFTCAP: Whether scores are capped.
+        ROWS: At least 16.
+        DIM: head_dim.
+        TILE: Tokens at a time.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM)
+    q_at = (head * rows + row)[:, None] * DIM + dim[None, :]
+    q = tl.load(q_ptr + q_at, mask=row[:, None] < rows, other=0.0)
+    if before_ptr is not None:
+        before = tl.load(before_ptr)
+    if start_ptr is not None:
+        start = tl.load(start_ptr)
+    number = before + row % queries
+    last = before + queries - 1
+    begin = 0
+    if first_ptr is not None:
+        begin = tl.load(first_ptr + head // heads)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    x = tl.zeros([ROWS, DIM], tl.float32)
+    for at in range(0, count, TILE):
+        place = at + tl.arange(0, TILE)
+        token = tl.load(tokens_ptr + place, mask=place < count, other=-1)
+        held = (token >= start) & (token >= begin + SINKS)
+        here = (head * count + place)[:, None] * DIM + dim[None, :]
+        # Void rows may hold anything, NaN too.
+        keys = tl.load(keys_ptr + here, mask=held[:, None], other=0.0)
+        values = tl.load(values_ptr + here, mask=held[:, None], other=0.0)
+        seen = held[None, :] & (token[None, :] <= number[:, None])
+        if BANDED:
+            seen = seen & (number[:, None] - token[None, :] < window)
+        top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
+    if SINKS > 0:
+        for at in tl.static_range(0, SINKS, 16):
+            place = at + tl.arange(0, 16)
+            token = begin + place
+            held = (place < SINKS) & (token <= last)
+            here = (head * SINKS + place)[:, None] * DIM + dim[None, :]
+            keys = tl.load(sink_keys_ptr + here, mask=held[:, None], other=0.0)
+            values = tl.load(sink_values_ptr + here, mask=held[:, None], other=0.0)
+            seen = held[None, :] & (token[None, :] <= number[:, None])
+            top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
+    tl.store(x_ptr + q_at, x, mask=row[:, None] < rows)
+    sums_at = sums_ptr + 2 * (head * rows + row)
+    tl.store(sums_at, top, mask=row < rows)
+    tl.store(sums_at + 1, total, mask=row < rows)

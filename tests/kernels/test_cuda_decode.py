@@ -1,0 +1,143 @@
+"""Does the kernel attend as float64 over what is stored, after any appends? `pytest -m gpu` on Hopper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from turboquant.cache import vector_codec
+from turboquant_kernels.decode import Attention, attend, choose
+from turboquant_kernels.packed_kv import PackedKV, Reading
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+TOLERANCE = 1e-3  # of sum p |v|
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def exact(query: Tensor, reading: Reading, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Float64 attention over sinks, raw tokens and decoded codes, and sum p |v|."""
+    sides = []
+    for half, raw in ((reading.keys, reading.raw_keys), (reading.values, reading.raw_values)):
+        coded = raw[:, :, :0].double()
+        if int(reading.encoded):
+            (term,) = half.terms(0, int(reading.encoded))
+            group = half.codec.groups[0]
+            basis = group.rotation.forward(torch.eye(group.dim, device=raw.device)).double()
+            coded = term.coefficients.double() * term.factors.double()[..., None] / group.dim**0.5 @ basis.T
+        sides.append(torch.cat([half.sinks.double(), raw.double(), coded], dim=2))
+    batch = query.shape[0]
+    first = torch.zeros(batch, device=DEVICE) if reading.first is None else reading.first
+    number = (int(reading.before) + torch.arange(reading.queries, device=DEVICE))[None, :, None]
+    start, window = int(reading.raw_start), reading.window
+    begin = first[:, None, None]
+    sink = begin + torch.arange(reading.sinks, device=DEVICE)
+    raw_token = reading.raw_tokens[None, None]
+    token = torch.arange(int(reading.encoded), device=DEVICE)[None, None]
+    near = (number - raw_token < window) | (reading.held is None) | (reading.rule == "raw")
+    far = (number - token >= window) & (reading.rule == "codes")
+    after = begin + reading.sinks
+    seen = [
+        (sink <= number).expand(batch, reading.queries, -1),
+        (raw_token >= start) & (raw_token >= after) & (raw_token <= number) & near,
+        (token >= after) & ((token < start) | far),
+    ]
+    mask = torch.cat([s.expand(batch, reading.queries, -1) for s in seen], dim=2)[:, None]
+    repeats = query.shape[1] // sides[0].shape[1]
+    keys, values = (x.repeat_interleave(repeats, dim=1).nan_to_num(0.0) for x in sides)
+    scores = query.double() @ keys.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    p = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return p @ values, (p * values.norm(dim=-1)[:, :, None]).sum(-1, keepdim=True)
+
+
+def error(attention: Attention, query: Tensor, reading: Reading, softcap: float | None = None) -> float:
+    scale = query.shape[-1] ** -0.5
+    # In float32, so that the output's own rounding is not counted.
+    found = attention(query, reading, scale=scale, softcap=softcap)
+    assert attention.decoding == "gluon"
+    expected, total = exact(query, reading, scale, softcap)
+    resolution = torch.finfo(query.dtype).eps / 2 * expected.norm(dim=-1, keepdim=True)
+    off = (found.double() - expected).norm(dim=-1, keepdim=True) - resolution
+    return float((off / total).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capacity", [None, 6000])
+@pytest.mark.parametrize(
+    ("bits", "dim", "groups"),
+    [
+        ((4, 4), 128, 4),
+        ((3, 3), 128, 7),
+        ((2, 2), 128, 1),
+        ((4, 2), 64, 4),
+        ((4, 4), 256, 2),
+        ((1, 1), 128, 16),
+    ],
+)
+@pytest.mark.parametrize(("window", "sinks"), [(128, 0), (0, 0), (128, 4), (33, 4)])
+def test_against_float64(dtype, capacity, bits, dim, groups, window, sinks) -> None:
+    codecs = [vector_codec(dim, ((dim, b),), seed=b) for b in bits]
+    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    total = 5000
+    keys, values = (normal(2, 2, total, dim, seed=s, dtype=dtype) for s in (1, 2))
+    query = normal(2, 2 * groups, total, dim, seed=3, dtype=dtype)
+    attention = choose("gluon")
+    kv.pad(torch.tensor([0, 17], device=DEVICE))
+    start = 0
+    for count in (50, 1, 8, 1500, 1, 2, 3300, 1, 1, 5, 7):
+        part = slice(start, start + count)
+        reading = kv.update(keys[:, :, part], values[:, :, part])
+        if count <= 8:
+            assert error(attention, query[:, :, part], reading, 5.0 if count == 2 else None) < TOLERANCE
+        start += count
+    kv.crop(70)
+    part = slice(start - 70, start - 64)
+    assert error(attention, query[:, :, part], kv.update(keys[:, :, part], values[:, :, part])) < TOLERANCE
+    reading = kv.update(keys[:, :, :3], values[:, :, :3], "raw")
+    assert error(attention, query[:, :, :3], reading) < TOLERANCE
+
+
+def test_a_captured_step_goes_on_as_an_eager_one() -> None:
+    def store(capacity: int | None) -> PackedKV:
+        made = PackedKV(
+            *(vector_codec(128, ((128, 4),), seed=s) for s in (1, 2)), window=32, capacity=capacity
+        )
+        made.update(keys[:, :, :1000], values[:, :, :1000])
+        return made
+
+    keys, values = (normal(1, 2, 1100, 128, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    query = normal(1, 8, 1100, 128, seed=3, dtype=torch.bfloat16)
+    attention, eager, fixed = choose("gluon"), store(None), store(2000)
+    inputs = [x[:, :, :1].clone() for x in (query, keys, values)]
+
+    def step() -> Tensor:
+        return attention(inputs[0], fixed.update(inputs[1], inputs[2]), scale=0.1)
+
+    def feed(t: int) -> None:
+        for held, x in zip(inputs, (query, keys, values), strict=True):
+            held.copy_(x[:, :, t : t + 1])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for t in range(1000, 1003):
+            feed(t)
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for t in range(1000, 1003):
+        eager.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+    for t in range(1003, 1100):
+        feed(t)
+        graph.replay()
+        reading = eager.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+        assert (out - attend(query[:, :, t : t + 1], reading, scale=0.1)).abs().max() < 4e-3
+    assert int(fixed.length) == 1100
