@@ -67,21 +67,20 @@ def error(attention: Attention, query: Tensor, reading: Reading, softcap: float 
     return float((off / total).max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capacity", [None, 6000])
+@pytest.mark.parametrize(("window", "sinks"), [(128, 4), (0, 0), (33, 0)])
 @pytest.mark.parametrize(
-    ("bits", "dim", "groups"),
+    ("bits", "dim", "groups", "dtype"),
     [
-        ((4, 4), 128, 4),
-        ((3, 3), 128, 7),
-        ((2, 2), 128, 1),
-        ((4, 2), 64, 4),
-        ((4, 4), 256, 2),
-        ((1, 1), 128, 16),
+        ((4, 4), 128, 4, torch.bfloat16),
+        ((3, 3), 128, 7, torch.float32),
+        ((2, 2), 128, 1, torch.float16),
+        ((4, 2), 64, 4, torch.bfloat16),
+        ((4, 4), 256, 2, torch.bfloat16),
+        ((1, 1), 128, 16, torch.float16),
     ],
 )
-@pytest.mark.parametrize(("window", "sinks"), [(128, 0), (0, 0), (128, 4), (33, 4)])
-def test_against_float64(dtype, capacity, bits, dim, groups, window, sinks) -> None:
+def test_against_float64(bits, dim, groups, dtype, window, sinks, capacity) -> None:
     codecs = [vector_codec(dim, ((dim, b),), seed=b) for b in bits]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
     total = 5000
@@ -90,17 +89,17 @@ def test_against_float64(dtype, capacity, bits, dim, groups, window, sinks) -> N
     attention = choose("gluon")
     kv.pad(torch.tensor([0, 17], device=DEVICE))
     start = 0
-    for count in (50, 1, 8, 1500, 1, 2, 3300, 1, 1, 5, 7):
+    for count in (50, 1, 8, 1500, 1, 2, 3300, 1, 1):
         part = slice(start, start + count)
         reading = kv.update(keys[:, :, part], values[:, :, part])
         if count <= 8:
             assert error(attention, query[:, :, part], reading, 5.0 if count == 2 else None) < TOLERANCE
         start += count
     kv.crop(70)
-    part = slice(start - 70, start - 64)
+    part = slice(start - 70, start - 62)
     assert error(attention, query[:, :, part], kv.update(keys[:, :, part], values[:, :, part])) < TOLERANCE
-    reading = kv.update(keys[:, :, :3], values[:, :, :3], "raw")
-    assert error(attention, query[:, :, :3], reading) < TOLERANCE
+    reading = kv.update(keys[:, :, :8], values[:, :, :8], "raw")
+    assert error(attention, query[:, :, :8], reading) < TOLERANCE
 
 
 def test_a_captured_step_goes_on_as_an_eager_one() -> None:

@@ -24,6 +24,7 @@ __all__ = ["DIMS", "MOST_QUERIES", "attend", "refusal", "sees_all_before"]
 DIMS = (64, 128, 256)
 MOST_QUERIES = 8
 _RAW_ROWS, _RAW_TILE = 16, 64
+_NO_WINDOW = 1 << 30
 _LOG2_E = 1.4426950408889634
 
 _matrices: WeakKeyDictionary[Rotation, Tensor] = WeakKeyDictionary()
@@ -107,13 +108,13 @@ def attend(
     )
     fixed = {name: 0 if tensor is not None else number for (name, tensor), number in
              zip(known.items(), (before, start), strict=True)}  # fmt: skip
+    banded = reading.held is not None and reading.rule == "codes"
     attend_raw[(batch * heads, -(-rows // _RAW_ROWS))](
         grouped, reading.raw_keys.contiguous(), reading.raw_values.contiguous(), reading.raw_tokens,
         reading.keys.sinks, reading.values.sinks, first, known["before"], known["start"], *raw, heads, rows,
-        count, reading.raw_keys.shape[2], fixed["before"], fixed["start"], reading.window, scale * _LOG2_E,
-        (softcap or 0.0) * _LOG2_E, SINKS=reading.sinks,
-        BANDED=reading.held is not None and reading.rule == "codes", SOFTCAP=softcap is not None,
-        ROWS=_RAW_ROWS, DIM=dim, TILE=_RAW_TILE,
+        count, reading.raw_keys.shape[2], fixed["before"], fixed["start"],
+        reading.window if banded else _NO_WINDOW, reading.sinks, scale * _LOG2_E, (softcap or 0.0) * _LOG2_E,
+        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim, TILE=_RAW_TILE,
     )  # fmt: skip
     if reading.keys.words[0].shape[2] == 0:
         total = raw[1][..., 1:]

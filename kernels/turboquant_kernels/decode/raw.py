@@ -34,11 +34,11 @@ def _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP: tl.cons
     return moved, total, x
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "queries", "count", "before", "start", "window"])
+@triton.jit(do_not_specialize=["heads", "rows", "queries", "count", "before", "start", "window", "sinks"])
 def attend_raw(
     q_ptr, keys_ptr, values_ptr, tokens_ptr, sink_keys_ptr, sink_values_ptr, first_ptr, before_ptr, start_ptr,
-    x_ptr, sums_ptr, heads, rows, queries, count, before, start, window, scale, softcap,
-    SINKS: tl.constexpr, BANDED: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+    x_ptr, sums_ptr, heads, rows, queries, count, before, start, window, sinks, scale, softcap,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The raw tokens of one head, for up to ROWS query rows that share it.
@@ -50,7 +50,7 @@ def attend_raw(
         keys_ptr: (batch, heads, count, DIM) of the queries' dtype.
         values_ptr: The same.
         tokens_ptr: (count,) int64, their numbers; below `start`: void.
-        sink_keys_ptr: (batch, heads, SINKS, DIM).
+        sink_keys_ptr: (batch, heads, sinks, DIM).
         sink_values_ptr: The same.
         first_ptr: (batch,) int64, padding tokens of each row, or None.
         before_ptr: () int64 to use instead of `before`, or None.
@@ -63,11 +63,10 @@ def attend_raw(
         count: Raw rows.
         before: Number of the first query.
         start: The first token that has a raw row.
-        window: Tokens further back are read from codes; read only if BANDED.
+        window: Tokens this far back are not read here.
+        sinks: First tokens of a row that are kept apart.
         scale: log2(e) * softmax scale.
         softcap: log2(e) * cap; read only if SOFTCAP.
-        SINKS: First tokens of a row that are kept apart.
-        BANDED: Whether the window's edge moves with the query.
         SOFTCAP: Whether scores are capped.
         ROWS: At least 16.
         DIM: head_dim.
@@ -93,25 +92,23 @@ def attend_raw(
     for at in range(0, count, TILE):
         place = at + tl.arange(0, TILE)
         token = tl.load(tokens_ptr + place, mask=place < count, other=-1)
-        held = (token >= start) & (token >= begin + SINKS)
+        held = (token >= start) & (token >= begin + sinks)
         here = (head * count + place)[:, None] * DIM + dim[None, :]
         # Void rows may hold anything, NaN too.
         keys = tl.load(keys_ptr + here, mask=held[:, None], other=0.0)
         values = tl.load(values_ptr + here, mask=held[:, None], other=0.0)
         seen = held[None, :] & (token[None, :] <= number[:, None])
-        if BANDED:
-            seen = seen & (number[:, None] - token[None, :] < window)
+        seen = seen & (number[:, None] - token[None, :] < window)
         top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
-    if SINKS > 0:
-        for at in tl.static_range(0, SINKS, 16):
-            place = at + tl.arange(0, 16)
-            token = begin + place
-            held = (place < SINKS) & (token <= last)
-            here = (head * SINKS + place)[:, None] * DIM + dim[None, :]
-            keys = tl.load(sink_keys_ptr + here, mask=held[:, None], other=0.0)
-            values = tl.load(sink_values_ptr + here, mask=held[:, None], other=0.0)
-            seen = held[None, :] & (token[None, :] <= number[:, None])
-            top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
+    for at in range(0, sinks, 16):
+        place = at + tl.arange(0, 16)
+        token = begin + place
+        held = (place < sinks) & (token <= last)
+        here = (head * sinks + place)[:, None] * DIM + dim[None, :]
+        keys = tl.load(sink_keys_ptr + here, mask=held[:, None], other=0.0)
+        values = tl.load(sink_values_ptr + here, mask=held[:, None], other=0.0)
+        seen = held[None, :] & (token[None, :] <= number[:, None])
+        top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
     tl.store(x_ptr + q_at, x, mask=row[:, None] < rows)
     sums_at = sums_ptr + 2 * (head * rows + row)
     tl.store(sums_at, top, mask=row < rows)
