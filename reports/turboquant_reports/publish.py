@@ -1,7 +1,7 @@
 """How does a run become the published one? Clean checkout, every declared cell, every verdict as expected.
 
 `python -m turboquant_reports.publish` runs all claims as `tox -e claims` does and, if nothing was unexpected,
-puts results and report into reports/published/; arguments are passed on to pytest.
+puts results and report into reports/published/; arguments (`--recorded FILE`) are passed on.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def publish(results: Sequence[Result], directory: Path) -> dict[str, Path]:
         The path of each file by its name.
 
     Raises:
-        ValueError: if a line is of uncommitted code, broken, or not as expected.
+        ValueError: if a line is of uncommitted code, broken, deselected, or not as expected.
     """
     for result in results:
         cell = f"{result.claim} {result.cell} {result.subject}".rstrip()
         if result.execution == "broken":
             raise ValueError(f"{cell} is broken ({result.reason}): mend it and run again")
+        if result.reason == "deselected":
+            raise ValueError(f"{cell} was left out of the run: publish a whole one, without -k or -m")
         if result.verdict is not None and result.verdict != result.standing:
             raise ValueError(
                 f"{cell} came out {result.verdict}, not {result.standing}: settle that in the ledger first"

@@ -74,6 +74,7 @@ def test_published_results_are_of_the_present_ledger(file: Path) -> None:
     for result in results:
         assert result.claim_hash == claims[result.claim].hash, result.claim
         assert result.execution != "broken", result.claim
+        assert result.reason != "deselected", result.claim
         if result.execution == "ran":
             assert result.verdict == result.standing, (result.claim, result.cell)
             assert not result.provenance["dirty"]

@@ -35,6 +35,7 @@ def test_results_and_report_are_published(ledger: Ledger, tmp_path: Path) -> Non
     [
         (REFUTED, CLEAN, "refuted, not supported"),
         (BROKEN, CLEAN, "is broken"),
+        ({**NOT_RUN, "reason": "deselected"}, CLEAN, "left out of the run"),
         ({}, {**CLEAN, "dirty": True}, "uncommitted code"),
     ],
 )
