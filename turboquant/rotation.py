@@ -115,6 +115,11 @@ class HadamardRotation:
         """The signs of each round, (rounds, dim) float32."""
         return self._factors.sign()
 
+    @property
+    def factors(self) -> Tensor:
+        """What each round multiplies by before its Hadamard transform, (rounds, dim) float32."""
+        return self._factors
+
     def forward(self, x: Tensor) -> Tensor:
         """Rotate each vector of x, (..., dim) float32."""
         for factor in self._factors:

@@ -102,6 +102,29 @@ def test_against_float64(bits, dim, groups, dtype, window, sinks, capacity) -> N
     assert error(attention, query[:, :, :8], reading) < TOLERANCE
 
 
+@pytest.mark.parametrize("capacity", [None, 2000])
+@pytest.mark.parametrize(("bits", "dim"), [((4, 3), 128), ((3, 4), 64), ((2, 1), 256), ((1, 2), 128)])
+def test_appended_codes_are_the_cpus_bytes(bits, dim, capacity) -> None:
+    """One launch a half on the device, plain torch on the CPU."""
+    keys, values = (normal(2, 2, 1000, dim, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    keys[:, :, :, 7] *= 20
+    keys[0, 1, 490] = 0
+    values[1, 0, 491, 3] = torch.inf
+    stores = []
+    for device in ("cpu", DEVICE):
+        codecs = (vector_codec(dim, ((dim, b),), seed=b) for b in bits)
+        kv = PackedKV(*codecs, window=40, sinks=3, capacity=capacity)
+        start = 0
+        for count in (400, *[1] * 300, 200, *[1] * 100):
+            part = (x[:, :, start : start + count].to(device) for x in (keys, values))
+            kv.update(*part)
+            start += count
+        stores.append(kv)
+    for a, b in ((stores[0].keys, stores[1].keys), (stores[0].values, stores[1].values)):
+        for x, y in zip(a.tensors(), b.tensors(), strict=True):
+            assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8).cpu())
+
+
 def test_a_captured_step_goes_on_as_an_eager_one() -> None:
     def store(capacity: int | None) -> PackedKV:
         made = PackedKV(

@@ -19,6 +19,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from turboquant_kernels.packed_kv import fused
 from turboquant_kernels.packed_kv.codec import Codec, Term
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack, unpack, words_per_block
 
@@ -294,6 +295,9 @@ class PackedKV:
         raw_start: Length
         if count == 1 and window:
             for half, token in zip(self._both(), new, strict=True):
+                if fused.suits(half.codec, token):
+                    self._append(half, token, before)
+                    continue
                 slot = _row(before % window, half.recent)
                 leaving = half.recent.index_select(2, slot)
                 if isinstance(before, Tensor) or before - window >= self.encoded:
@@ -479,6 +483,15 @@ class PackedKV:
                     f"can store: scale the {half.side}s down, or keep this layer uncompressed"
                 )
             self._write(half, codes, scales, start + i)
+
+    def _append(self, half: Half, token: Tensor, before: Length) -> None:
+        """Encode what leaves the window and put the new token in its place, in one launch."""
+        if isinstance(before, int):
+            self._reserve(half, before - self.window + 1)
+        fused.append(
+            half.codec, half.recent, token, half.words[0], half.scales[0], before, self.encoded,
+            self._padding[0] + self.sinks if isinstance(before, int) else 0, half.side,
+        )  # fmt: skip
 
     def _fit(self, half: Half, x: Tensor, start: int) -> None:
         """Let the codec learn from tokens start, start + 1, ... without padding and sinks."""
