@@ -88,6 +88,11 @@ def test_it_reads_what_the_reference_reads(
     kv.pad(first if first.any() else None)
     kv.update(keys[:, :, :before], values[:, :, :before], rule)
     kv.crop(min(removed, before - 1 - int(first.max())))
+    if window:
+        held = torch.zeros(window, dtype=torch.bool)
+        held[torch.arange(int(kv.encoded), int(kv.length)) % window] = True
+        for half in (kv.keys, kv.values):
+            half.recent[:, :, ~held] = torch.nan  # the remains of tokens that were removed or encoded
     start = before
     for count in chunks:
         part = slice(start, start + count)
