@@ -96,7 +96,7 @@ class Packed:
             (self.value_words, self.value_norms, self.value_bits, registers.unpack_values),
         ):
             dim = words.shape[-1] // bits
-            codes = unpack(words, bits, dim).flatten(2, 3)
+            codes = unpack(words, bits, dim).flatten(2, 3).long()
             positive, scale = LEVELS[bits]
             both = [-level - 0.5 for level in reversed(positive)] + [level + 0.5 for level in positive]
             levels = torch.tensor(both, dtype=torch.float64, device=words.device) / (scale * math.sqrt(dim))
