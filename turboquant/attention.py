@@ -121,8 +121,7 @@ def turboquant_attention(
         if unknown or dropout:
             raise ValueError(
                 f"attention over codes knows no {', '.join(unknown) or 'dropout'}: use model.eval() and a "
-                "model "
-                f"without attention biases or learned sinks"
+                "model without attention biases or learned sinks"
             )
         out = key.layer.attend(
             query, key.reading, scale=scale, mask=attention_mask, softcap=softcap, causal=causal
@@ -177,10 +176,8 @@ class _Hook:
         cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
         if isinstance(cache, StaticCache):
             raise ValueError(
-                "transformers' StaticCache is dense and cannot be compressed: pass "
-                "turboquant.cache.TurboQuantCache(model.config, profile, capacity=N) for preallocated "
-                "memory, or "
-                "no cache"
+                "transformers' StaticCache is dense and cannot be compressed: pass no cache, or, for "
+                "preallocated memory, turboquant.cache.TurboQuantCache(model.config, profile, capacity=N)"
             )
         tokens = _tokens(given)
         if tokens == 0:
@@ -218,8 +215,7 @@ class _Hook:
         if most is not None and tokens > most:
             raise ValueError(
                 f"{tokens} tokens are more than the model's context of {most} (max_position_embeddings): "
-                "shorten "
-                f"the prompt, or load a model with a longer context"
+                "shorten the prompt, or load a model with a longer context"
             )
 
 
@@ -270,8 +266,7 @@ def _check_heads(model: PreTrainedModel, cache: TurboQuantCache) -> None:
     if len(set(dims.values())) > 1:
         raise ValueError(
             f"the layers of this model have different head_dims ({dims}): only one head_dim for all layers "
-            "can be "
-            f"served"
+            "can be served"
         )
 
 

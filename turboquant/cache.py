@@ -196,8 +196,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not attached and not growing:
             raise ValueError(
                 "a cache with a capacity serves attached models only: call "
-                "turboquant.attention.attach(model, ...), "
-                "or make the cache without a capacity"
+                "turboquant.attention.attach(model, ...), or make the cache without a capacity"
             )
         first, many = self.empty, key_states.shape[2] > 1
         self.empty = False
@@ -295,9 +294,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             ):
                 if stated is not None and given != stated:
                     raise ValueError(
-                        f"this cache was made for {what} {stated} and got {name} of {given}: make the cache "
-                        "with "
-                        f"the model's {what}, or leave it out"
+                        f"this cache was made for {what} {stated} and got {name} of {given}: make the "
+                        f"cache with the model's {what}, or leave it out"
                     )
 
 
@@ -481,8 +479,7 @@ def left_padding(attention_mask: Tensor) -> Tensor | None:
     if wrong:
         raise ValueError(
             f"rows {wrong} of the batch have padding after their tokens: pad a batch of unequal lengths on "
-            "the "
-            f"left (tokenizer.padding_side = 'left'), with 0 in attention_mask for padding"
+            "the left (tokenizer.padding_side = 'left'), with 0 in attention_mask for padding"
         )
     return (~kept).sum(dim=-1)
 
@@ -491,17 +488,16 @@ def _head_dim(text: PretrainedConfig) -> int:
     """head_dim of a model that can be served."""
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
-            f"{text.model_type} models use multi-head latent attention (kv_lora_rank = "
-            f"{text.kv_lora_rank}): their "
-            f"cache holds latents, not keys and values of heads, and cannot be compressed by this library"
+            f"{text.model_type} models use multi-head latent attention "
+            f"(kv_lora_rank = {text.kv_lora_rank}): their cache holds latents, not keys and values of heads, "
+            "and cannot be compressed by this library"
         )
     own = [getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads]
     own += [dim for name in ("global_head_dim", "v_head_dim") if (dim := getattr(text, name, None))]
     if len(set(own)) > 1:
         raise ValueError(
             f"the layers of this {text.model_type} model have different head_dims ({sorted(set(own))}): "
-            "only one "
-            f"head_dim for all keys and values can be served"
+            "only one head_dim for all keys and values can be served"
         )
     return int(own[0])
 
@@ -518,17 +514,23 @@ def _compressed(layers: Sequence[Any], text: PretrainedConfig, profile: Profile)
     full = [i for i, layer in enumerate(layers) if attends_fully(layer)]
     if not full:
         kinds = sorted({type(layer).__name__ for layer in layers})
+        windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
+        why = "such layers hold a state of fixed size and stay as they are"
+        if windows:
+            why = (
+                f"a sliding layer holds no more than its window, here {max(windows)} tokens of a context of "
+                f"{context}, and stays as it is"
+            )
         raise ValueError(
-            f"this model has no full-attention layer (its cache layers are {', '.join(kinds)}): there is "
-            "nothing "
-            f"to compress"
+            f"this model has no full-attention layer (its cache layers are {', '.join(kinds)}), so that "
+            f"there is nothing to compress: {why}"
         )
     first, last = profile.protected_first, profile.protected_last
     if first + last >= len(full):
         raise ValueError(
             f"profile {profile.name!r} protects the first {first} and last {last} of {len(full)} "
-            "full-attention "
-            f"layers, so that nothing would be compressed: set protected_first and protected_last lower"
+            "full-attention layers, so that nothing would be compressed: set protected_first and "
+            "protected_last lower"
         )
     return full[first : len(full) - last]
 

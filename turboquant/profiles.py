@@ -86,8 +86,7 @@ class Profile(BaseModel):
         if self.outliers * dim % OUTLIERS_OF:
             raise ValueError(
                 f"{self.outliers} of each {OUTLIERS_OF} channels is no whole number of {dim}: choose "
-                "`outliers` "
-                f"so that head_dim * outliers / {OUTLIERS_OF} is one, or whole bits"
+                f"`outliers` so that head_dim * outliers / {OUTLIERS_OF} is one, or whole bits"
             )
         high = self.outliers * dim // OUTLIERS_OF
         return ((high, int(bits) + 1), (dim - high, int(bits)))
@@ -108,8 +107,8 @@ class Profile(BaseModel):
         for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
             if isinstance(bits, tuple) and len(bits) != layers:
                 raise ValueError(
-                    f"{name} lists {len(bits)} layers and the model has {layers}: give one number, or "
-                    f"{layers}"
+                    f"{name} lists {len(bits)} layers and the model has {layers}: "
+                    f"give one number, or {layers}"
                 )
             columns.append(bits if isinstance(bits, tuple) else (bits,) * layers)
         return tuple(zip(*columns, strict=True))
@@ -135,8 +134,8 @@ def profile(name: str | Profile, **overrides: Any) -> Profile:
         if name not in table:
             near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.0)
             raise ValueError(
-                f"there is no profile {name!r}; the nearest name is {near[0]!r}. There are: "
-                f"{', '.join(table)}"
+                f"there is no profile {name!r}; the nearest name is {near[0]!r}. "
+                f"There are: {', '.join(table)}"
             )
         found = table[name]
     changed = {field: value for field, value in overrides.items() if value is not None}

@@ -9,7 +9,7 @@ import torch
 from exact_codec import ExactCodec
 from tiny_models import MODELS, prompt
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen3NextConfig
 
 from turboquant import cache as cache_module
 from turboquant.attention import attach, detach
@@ -102,8 +102,12 @@ def test_a_model_without_full_attention_is_refused() -> None:
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, sliding_window=4096
     )
     assert config.max_position_embeddings > 4096
-    with pytest.raises(ValueError, match=r"no full-attention layer .*DynamicSlidingWindowLayer.* nothing to"):
+    told = r"no full-attention layer .*DynamicSlidingWindowLayer.* nothing to compress: .* window, here 4096"
+    with pytest.raises(ValueError, match=told):
         TurboQuantCache(config, PROFILE)
+    linear = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    with pytest.raises(ValueError, match=r"\(its cache layers are LinearAttentionLayer\), .* of fixed size"):
+        TurboQuantCache(linear, PROFILE)
     with torch.device("meta"):
         model = MistralForCausalLM(config)
     with pytest.raises(ValueError, match="nothing to compress"):

@@ -161,7 +161,8 @@ def test_what_cannot_be_asked_is_refused(changes, told):
     ("rows", "told"),
     [
         ([], "the prompt is empty"),
-        ([[]], "the prompt is empty"),
+        ([[]], r"the prompt is empty in rows \[0\]"),
+        ([[1, 2], []], r"the prompt is empty in rows \[1\]"),
         ([[1, 2, 3], [1, 2]], "rows of 2 to 3 tokens in one batch, and no padding side"),
         (torch.zeros(3, dtype=torch.int64), r"must be \(batch, tokens\)"),
     ],

@@ -117,6 +117,24 @@ def test_a_row_does_not_depend_on_its_padding() -> None:
     assert (batch.logits[0][0] - other.logits[0][0]).abs().max() > 0.1
 
 
+def test_a_row_of_nothing_but_padding_is_what_it_is_without_us(
+    llama: PreTrainedModel, exact: pytest.MonkeyPatch
+) -> None:
+    """An empty prompt in a batch: the row begins with what is generated, and the other row is as it was."""
+    mask = MASK.clone()
+    mask[0] = 0
+    plain = generate(llama, IDS, mask)
+    attach(llama, EXACT)
+    same = generate(llama, IDS, mask)
+    assert torch.equal(same.sequences, plain.sequences)
+    exact.undo()
+    model = one_layer()
+    attach(model, OBLIVIOUS)
+    batch, alone = generate(model, IDS, mask), generate(model, IDS[1:])
+    assert torch.equal(batch.sequences[1], alone.sequences[0])
+    assert max((a[1] - b[0]).abs().max() for a, b in zip(batch.logits, alone.logits, strict=True)) < 1e-4
+
+
 @torch.no_grad()
 def test_turns_of_a_conversation() -> None:
     """A cache that is carried on gives what one forward over everything gives."""

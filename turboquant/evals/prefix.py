@@ -149,8 +149,11 @@ def as_rows(rows: Tensor | Sequence[Tensor | Sequence[int]]) -> Tensor:
         raise ValueError(f"token ids must be (batch, tokens), not {tuple(rows.shape)}")
     listed = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
     lengths = sorted({len(row) for row in listed})
-    if not lengths or not lengths[0]:
+    if not lengths:
         raise ValueError("the prompt is empty: give at least one row of at least one token")
+    if not lengths[0]:
+        empty = [i for i, row in enumerate(listed) if not len(row)]
+        raise ValueError(f"the prompt is empty in rows {empty}: give each row at least one token")
     if len(lengths) > 1:
         raise ValueError(
             f"rows of {lengths[0]} to {lengths[-1]} tokens in one batch, and no padding side: evaluations "
@@ -214,8 +217,9 @@ def prefill(
     prefix = Prefix(rows, cache)
     if not prefix.layers:
         raise ValueError(
-            "this model has no full-attention layer whose keys and values could be compressed: "
-            "its sliding or linear layers keep a state of fixed size"
+            "this model has no full-attention layer whose keys and values could be compressed: its sliding "
+            "layers hold no more than their window, its linear layers a state of fixed size, and both stay "
+            "as they are"
         )
     return prefix
 

@@ -3,9 +3,8 @@
     o = sum_t exp(s_t) v_t / sum_t exp(s_t),   s_t = scale <q, k_t> (capped, masked)
 
 with k_t and v_t raw for sinks and the recent window and decoded for the rest. Decoded blocks are never
-rotated
-back: queries are rotated once, the sums of values once. Memory beyond the storage is one block of decoded
-tokens and one tile of scores.
+rotated back: queries are rotated once, the sums of values once. Memory beyond the storage is one block of
+decoded tokens and one tile of scores.
 """
 
 from __future__ import annotations
@@ -79,8 +78,7 @@ def check(query: Tensor, reading: Reading) -> None:
     if heads % kv_heads or count != reading.queries or batch != reading.raw_keys.shape[0]:
         raise ValueError(
             f"queries must be ({reading.raw_keys.shape[0]}, a multiple of {kv_heads}, {reading.queries}, "
-            f"{dim}), "
-            f"not {tuple(query.shape)}"
+            f"{dim}), not {tuple(query.shape)}"
         )
 
 

@@ -166,8 +166,8 @@ class PackedKV:
     ) -> None:
         if window < 0 or sinks < 0 or (capacity is not None and capacity < 1):
             raise ValueError(
-                f"window and sinks must be at least 0 and capacity at least 1, not {window}, {sinks}, "
-                f"{capacity}"
+                "window and sinks must be at least 0 and capacity at least 1, "
+                f"not {window}, {sinks}, {capacity}"
             )
         self.window = window
         self.sinks = sinks
@@ -420,8 +420,7 @@ class PackedKV:
             if x.dtype != recent.dtype or x.device != recent.device:
                 raise ValueError(
                     f"this cache holds {recent.dtype} on {recent.device}; {name} are {x.dtype} on "
-                    f"{x.device}: "
-                    f"use one dtype and device, or move the cache with `to`"
+                    f"{x.device}: use one dtype and device, or move the cache with `to`"
                 )
             if x.shape[:2] != recent.shape[:2]:
                 raise ValueError(
