@@ -43,6 +43,9 @@ def test_retrieval_reaches_99_percent(length: int, needles: int) -> None:
 def test_it_did_not_learn_its_text_by_heart() -> None:
     bits = {name: figure["value"] for name, figure in CARD["bits_per_byte"].items()}
     assert bits["held out"] - bits["training"] < 0.2
+    # A model of this size that did: 0.25 in training and 1.63 held out. Far smaller is less than half of it.
+    for name in ("evaluation", "sources of this project"):
+        assert bits[name] - bits["training"] < (1.63 - 0.25) / 2
 
 
 def test_the_card_tells_what_the_model_is_weak_at() -> None:

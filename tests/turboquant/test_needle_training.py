@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,34 @@ def test_measured_retrieval_counts_what_the_model_answers(monkeypatch: pytest.Mo
     assert of - right == 1
     assert len(lines) == 1
     assert lines[0].startswith("  missed: b' ")
+
+
+def test_bits_per_byte_of_a_text_are_printed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped model on sources and on noise: a file, a folder, and nothing that a folder hides."""
+    monkeypatch.setattr(measure, "WINDOW", 256)
+
+    def told(path: Path) -> tuple[str, float]:
+        measure.main(["--text", str(path), "--windows", "2", "--device", "cpu"])
+        text, value = capsys.readouterr().out.splitlines()
+        assert value.endswith(" over 511 bytes")  # the last token is the end, no byte
+        return text, float(value.split()[3])
+
+    source, noise = Path(measure.__file__), tmp_path / "noise.py"
+    noise.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 2000, dtype=np.uint8)) + b"\n" * 20)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/other.py").write_bytes(source.read_bytes())
+    data = noise.read_bytes()
+    digest = hashlib.sha256(hashlib.sha256(data).hexdigest().encode()).hexdigest()
+    assert told(noise) == told(tmp_path)
+    assert told(noise)[0] == f"1 file, {len(data):,} bytes, SHA-256 {digest}"
+    assert told(source)[1] < 2.5 < 4.5 < told(noise)[1]
+    for arguments in (["--text", str(tmp_path / ".venv/none")], ["--text", str(tmp_path / "e")], []):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            measure.main(arguments)
+        assert "error: " in capsys.readouterr().err
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing() -> None:

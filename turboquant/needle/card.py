@@ -89,8 +89,12 @@ def render(card: dict[str, Any]) -> str:
         "near copies in training, and that row does not show how the model reads text that is new to it. "
         "*evaluation* does: prose of which no training file has more than two lines.",
         *(
-            ["- *sources of this project* is the Python of this repository, which training did not read."]
-            if "sources of this project" in card.get("bits_per_byte", {})
+            [
+                "- *sources of this project* is the Python of this repository when the card was made "
+                f"({sources['text']}), which training did not read. "
+                "`python -m turboquant.needle.measure --text . --windows 24` prints the figure of a checkout."
+            ]
+            if (sources := card.get("bits_per_byte", {}).get("sources of this project"))
             else []
         ),
         "- It writes no useful text and follows no instruction but the questions of `tasks.py`.",

@@ -1,11 +1,13 @@
 """How good is needle? Bits per byte on text it read and text it did not, and retrieval by length and depth.
 
 python -m turboquant.needle.measure --weights FOLDER     adds its figures to FOLDER/card.json
+python -m turboquant.needle.measure --text PATH          prints bits per byte of a file, or a folder's Python
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -18,11 +20,12 @@ from scipy.stats import binomtest
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from turboquant.needle import CARD, END, SPECIAL, encode, load
+from turboquant.needle import CARD, END, HERE, SPECIAL, encode, load
 from turboquant.needle.card import render
+from turboquant.needle.corpus import readable, to_ids
 from turboquant.needle.tasks import Haystack, evaluation_text, haystack
 
-__all__ = ["CONFIDENCE", "bits_per_byte", "measure", "retrieval"]
+__all__ = ["CONFIDENCE", "bits_per_byte", "measure", "read_text", "retrieval"]
 
 CONFIDENCE = 0.999
 WINDOW = 8192  # tokens over which bits per byte are taken
@@ -101,6 +104,31 @@ def bits_per_byte(model: LlamaForCausalLM, ids: Tensor, most: int) -> tuple[floa
         nats += loss[taken].double().sum().cpu()
         count += int(taken.sum())
     return float(nats) / count / math.log(2), count
+
+
+def read_text(path: Path) -> tuple[Tensor, str]:
+    """Read text as training does, and say which it is.
+
+    Args:
+        path: a file, or a folder whose Python sources are read at any depth, hidden folders left out.
+
+    Returns:
+        (n,) token ids, the end token after each file, and a description with a digest of the files.
+
+    Raises:
+        ValueError: if there is no text.
+    """
+    paths = [path]
+    if path.is_dir():
+        found = sorted(path.rglob("*.py"))
+        paths = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    files = [data for data in map(Path.read_bytes, paths) if data and readable(data)]
+    if not files:
+        raise ValueError(f"{path} holds no text: name a file of UTF-8 text, or a folder of Python sources")
+    digests = sorted(hashlib.sha256(data).hexdigest() for data in files)
+    digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    count = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
+    return torch.from_numpy(to_ids(files)), f"{count}, {sum(map(len, files)):,} bytes, SHA-256 {digest}"
 
 
 def retrieval(
@@ -191,14 +219,26 @@ def answers(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the weights in a folder and write the figures into its card."""
+    """Measure the weights in a folder and write the figures into its card, or print those of a text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="folder with card.json")
+    parser.add_argument("--weights", type=Path, help="folder with card.json (with --text, needle's own)")
+    parser.add_argument("--text", type=Path, help="file, or folder of Python sources; writes nothing")
     parser.add_argument("--trials", type=int, default=1000, help="haystacks a cell (1000)")
     parser.add_argument("--windows", type=int, default=256, help="of 8192 bytes for bits per byte (256)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens of the prefixes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.text is not None:
+        try:
+            ids, described = read_text(options.text)
+        except (OSError, ValueError) as error:
+            parser.error(f"--text: {error}")
+        model, _ = load(options.device, weights=options.weights or HERE)
+        value, count = bits_per_byte(model, ids, options.windows)
+        print(f"{described}\nbits per byte: {value:.4f} over {count:,} bytes")
+        return
+    if options.weights is None:
+        parser.error("give --weights, the folder to measure, or --text")
     model, _ = load(options.device, weights=options.weights)
     path = options.weights / CARD
     # Figures of training text stay as they were: the text is elsewhere.
