@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from evals_material import TEXT, tiny
 from transformers import ByT5Tokenizer
 from typer.testing import CliRunner
 
 from turboquant.cli import app
+from turboquant.evals import niah
 from turboquant.evals.models import load_model
 
 
@@ -112,6 +114,28 @@ def test_bad_input_is_one_line(folder, arguments, told):
     assert last.startswith("error: ")
     assert told in last
     assert "Traceback" not in done.output
+
+
+def test_no_memory_for_the_baseline_is_one_line_and_keeps_what_was_measured(folder, tmp_path, monkeypatch):
+    """No arm can be compared without it, so the run ends; a later one goes on from the file."""
+    path = tmp_path / "out.jsonl"
+    asked = ["--contexts", "200,300", "--arms", "int4", "--trials", 1, "--json", path]
+    prefill = niah.prefill
+
+    def starved(model, ids, **changes):
+        if len(ids[0]) == 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB.")
+        return prefill(model, ids, **changes)
+
+    monkeypatch.setattr(niah, "prefill", starved)
+    done = run(folder, "niah", *asked)
+    assert done.exit_code == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == ("error: the uncompressed model runs out of memory: give --batch 1, or shorter contexts")
+    assert [json.loads(line)["arm"] for line in path.read_text().splitlines()[1:]] == ["exact", "int4"]
+    monkeypatch.setattr(niah, "prefill", prefill)
+    assert run(folder, "niah", *asked).exit_code == 0
+    assert len(path.read_text().splitlines()) == 5
 
 
 def test_a_file_of_another_run_is_refused(folder, tmp_path):
