@@ -132,6 +132,7 @@ def test_a_row_of_nothing_but_padding_is_what_it_is_without_us(
     attach(model, OBLIVIOUS)
     batch, alone = generate(model, IDS, mask), generate(model, IDS[1:])
     assert torch.equal(batch.sequences[1], alone.sequences[0])
+    assert batch[NAME].packed[0].store.first.tolist() == [40, 0]  # its sinks are generated tokens
     assert max((a[1] - b[0]).abs().max() for a, b in zip(batch.logits, alone.logits, strict=True)) < 1e-4
 
 
