@@ -7,6 +7,8 @@ killed run goes on, and prints a short table.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json as json_module
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -305,6 +307,56 @@ def multi_turn(
                 )
             )
         session.table("answered", lambda rs: f"{sum(bool(r.correct) for r in rs)}/{len(rs)}")
+
+
+@app.command(epilog="Example: turboquant speed --shapes 1x8192,8x32768 --rounds 3 --json speed.jsonl")
+def speed(
+    shapes: Annotated[
+        str, typer.Option(help="Rows x tokens that the cache holds, separated by commas.")
+    ] = "1x8192,1x32768,8x32768",
+    profile: Annotated[str, typer.Option(help="Profile of our cache; whole bits run on the kernel.")] = "4",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the 8B architecture.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each arm is built and timed.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of an arm in a round.")] = 10,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="File for the times, one JSON object an arm.")
+    ] = None,
+) -> None:
+    """Time one decoding step of a model of Llama's 8B shape (random weights), compressed and not, on CUDA."""
+    from turboquant.evals import decode_step
+
+    failed = []
+    try:
+        sizes = _shapes(shapes)
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "turboquant speed times a CUDA device, and torch finds none here: run it on a machine with "
+                "a GPU of at least 80 GB, or with fewer --layers"
+            )
+        model = decode_step.random_model(decode_step.llama_8b(layers), torch.device("cuda"))
+        lines = []
+        for batch, tokens in sizes:
+            found = decode_step.measure(model, batch, tokens, profile=profile, rounds=rounds, steps=steps)
+            _out.print(decode_step.table(found))
+            lines += [json_module.dumps(dataclasses.asdict(step)) + "\n" for step in found]
+            failed += [step for step in found if step.failed and step.arm.startswith("ours")]
+            if json is not None:
+                json.write_text("".join(lines), encoding="utf-8")
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        _err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if failed:
+        raise typer.Exit(1)
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    try:
+        found = [(int(rows), int(tokens)) for rows, tokens in (word.split("x") for word in _words(text))]
+    except ValueError:
+        found = []
+    if not found or min(min(shape) for shape in found) < 1:
+        raise ValueError(f"shapes must be rows x tokens, separated by commas: 1x8192,8x32768, not {text!r}")
+    return found
 
 
 def _segments(

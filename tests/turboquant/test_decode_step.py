@@ -1,0 +1,141 @@
+"""Does the step benchmark build what it says it times, and tell what did not run?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+from transformers import LlamaConfig, StaticCache
+from typer.testing import CliRunner
+
+from turboquant.cli import app
+from turboquant.evals import decode_step
+from turboquant.evals.decode_step import Arm, Step
+
+CPU = torch.device("cpu")
+TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
+    )  # fmt: skip
+    return decode_step.random_model(config, CPU)
+
+
+def test_eager_arms_on_a_cpu(model):
+    found = decode_step.measure(model, 2, TOKENS, rounds=2, steps=3)
+    assert [step.arm for step in found] == ["ours, eager", "DynamicCache, eager"]
+    ours, dense = found
+    assert [len(step.milliseconds) for step in found] == [6, 6]
+    assert all(step.percentile(20) <= step.percentile(50) <= step.percentile(80) for step in found)
+    assert ours.backend == "torch"
+    assert "not on cpu" in ours.reason
+    assert dense.reason is None
+    # Steps of the last round are held too: 5 before the times, 3 timed.
+    assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + 8) * 64 * 4
+    assert ours.cache_bytes < dense.cache_bytes
+    assert (ours.batch, ours.tokens, ours.device, ours.peak_bytes) == (2, TOKENS, "cpu", None)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_same_weights_for_the_same_seed(model):
+    again = decode_step.random_model(model.config, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert next(model.parameters()).dtype == torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_only_the_arm_without_mask_has_none(model, monkeypatch, masked):
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, value, **options):
+        seen.append((options["attn_mask"], key.shape))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    arm = Arm("static", "static", False, masked=masked)
+    (step,) = decode_step.measure(model, 1, TOKENS, rounds=1, steps=2, arms=[arm])
+    assert step.failed is None
+    room = TOKENS + decode_step._WARM + 2 + 1
+    assert step.cache_bytes == 2 * 2 * 2 * room * 64 * 4
+    assert {shape[2] for _, shape in seen} == {room}
+    assert all((mask is not None) == masked for mask, _ in seen)
+    # Keys are copied once a query head only where there is a mask.
+    assert {shape[1] for _, shape in seen if not masked} <= {2}
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_arm_that_torch_refuses_is_told(model, monkeypatch):
+    def fail(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GB.\nmore")
+
+    monkeypatch.setattr(StaticCache, "update", fail)
+    arms = [Arm("static", "static", False), Arm("ours, eager", "ours", False)]
+    broken, ours = decode_step.measure(model, 1, TOKENS, rounds=2, steps=1, arms=arms)
+    assert broken.failed == "CUDA out of memory. Tried to allocate 34 GB."
+    assert broken.milliseconds == []
+    assert len(ours.milliseconds) == 2
+    with pytest.raises(ValueError, match="static has no times: CUDA out of memory"):
+        broken.percentile(50)
+    rows = decode_step.table([broken, ours])
+    assert rows.row_count == 2
+    assert "did not run: CUDA out of memory" in next(iter(rows.columns[1].cells))
+
+
+def test_a_kernel_that_cannot_serve_is_told(model):
+    arm = Arm("static, cudnn", "static", False, SDPBackend.CUDNN_ATTENTION)
+    (step,) = decode_step.measure(model, 1, TOKENS, rounds=1, steps=1, arms=[arm])
+    assert "No available kernel" in step.failed or "No viable backend" in step.failed
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_percentiles_and_ratios():
+    ours = Step(1, 8, "ours, captured", "gpu", [5.0, 1.0, 3.0, 2.0, 4.0], 1, 2, "gluon")
+    assert [ours.percentile(p) for p in (0, 20, 50, 80, 100)] == [1, 2, 3, 4, 5]
+    other = Step(1, 8, "StaticCache, captured", "gpu", [6.0], 1, 2, "torch's choice")
+    assert list(decode_step.table([ours, other]).columns[5].cells) == ["1.00", "2.00"]
+
+
+def test_bad_numbers_and_captures_on_a_cpu(model):
+    with pytest.raises(ValueError, match="must be at least 1, not 1, 0, 3, 10"):
+        decode_step.measure(model, 1, 0)
+    with pytest.raises(ValueError, match="on CUDA only, not on cpu"):
+        decode_step.measure(model, 1, 8, arms=decode_step.ARMS)
+
+
+def speed(*arguments):
+    return CliRunner().invoke(app, ["speed", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_the_command_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = speed()
+    assert done.exit_code == 1
+    assert "times a CUDA device, and torch finds none here" in done.output
+    for wrong in ("8192", "0x5", "ax3", ""):
+        done = speed("--shapes", wrong)
+        assert done.exit_code == 1
+        assert "shapes must be rows x tokens" in done.output
+
+
+def test_help_has_an_example():
+    assert "Example: turboquant speed --" in speed("--help").output
+
+
+@pytest.mark.gpu
+def test_all_arms_on_cuda():
+    config = decode_step.llama_8b(2)
+    config.vocab_size = 512
+    model = decode_step.random_model(config, torch.device("cuda"))
+    found = decode_step.measure(model, 2, 2048, rounds=2, steps=3)
+    assert [step.arm for step in found] == [arm.name for arm in decode_step.ARMS]
+    ran = [step for step in found if step.failed is None]
+    assert {"ours, captured", "ours, eager", "StaticCache, captured", "DynamicCache, eager"} <= {
+        step.arm for step in ran
+    }
+    assert all(len(step.milliseconds) == 6 and step.peak_bytes > step.cache_bytes for step in ran)
+    assert found[0].cache_bytes < 0.5 * found[-1].cache_bytes

@@ -1,0 +1,400 @@
+"""How long does one decoding step of a whole model take, over codes and over dense caches?
+
+    turboquant speed [--shapes 1x8192,8x32768] [--layers 32] [--rounds 3] [--json FILE]
+
+The model is a Llama-shaped stack with random weights and random keys and values: time depends on neither. An
+arm is a cache and a way to launch the step: eager, or captured in a CUDA graph and replayed, which leaves no
+Python in the time. Each round builds every arm anew and times it, so that what changes on the machine meets
+all of them; times of all rounds are pooled.
+
+Among the rivals are dense caches as transformers serves them, with each of torch's attention kernels, and two
+arms that no user has: a static cache read without its mask. With a mask, no flash kernel can be had, and some
+versions of transformers copy keys and values for every query head first. Without one, the few places that are
+still empty are read too: as much work, though the outputs are not the model's.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from turboquant.attention import attach, detach
+from turboquant.cache import TurboQuantCache, cache_argument
+
+__all__ = ["ARMS", "Arm", "Step", "arms_for", "llama_8b", "measure", "random_model", "table"]
+
+_UNMASKED = "turboquant-benchmark-unmasked"
+_WARM = 5
+"""Steps before the first that is timed: three before a capture, two after."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A cache and a way to launch the step.
+
+    Attributes:
+        name: As shown.
+        cache: "ours", "static" or "dynamic".
+        captured: Whether the step is captured in a CUDA graph and replayed.
+        kernel: torch's attention kernel; None leaves the choice to torch.
+        masked: Whether a static cache is read with its mask, as transformers does.
+    """
+
+    name: str
+    cache: str
+    captured: bool
+    kernel: SDPBackend | None = None
+    masked: bool = True
+
+
+ARMS = (
+    Arm("ours, captured", "ours", True),
+    Arm("ours, eager", "ours", False),
+    Arm("StaticCache, captured", "static", True),
+    Arm("StaticCache, captured, cudnn", "static", True, SDPBackend.CUDNN_ATTENTION),
+    Arm("StaticCache, captured, efficient", "static", True, SDPBackend.EFFICIENT_ATTENTION),
+    Arm("StaticCache, captured, no mask, cudnn", "static", True, SDPBackend.CUDNN_ATTENTION, masked=False),
+    Arm("StaticCache, captured, no mask, flash", "static", True, SDPBackend.FLASH_ATTENTION, masked=False),
+    Arm("DynamicCache, eager", "dynamic", False),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was found for an arm.
+
+    Attributes:
+        batch: Rows.
+        tokens: Tokens held before the first step.
+        arm: Its name.
+        device: What ran it.
+        milliseconds: Of each timed step, in order.
+        cache_bytes: All that the cache holds.
+        peak_bytes: The most that was allocated on the device while stepping, weights included; None on a CPU.
+        backend: What attended: of ours "gluon" or "torch", of the others torch's kernel.
+        reason: Why ours did not take its kernel, if it did not.
+        failed: Why there are no times, if there are none.
+        software: Versions of torch and transformers.
+    """
+
+    batch: int
+    tokens: int
+    arm: str
+    device: str
+    milliseconds: list[float] = field(default_factory=list)
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    backend: str | None = None
+    reason: str | None = None
+    failed: str | None = None
+    software: str = f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+    def percentile(self, percent: int) -> float:
+        """Milliseconds that `percent` of the steps stay within.
+
+        Args:
+            percent: 0..100.
+
+        Returns:
+            The nearest of the times.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.milliseconds:
+            raise ValueError(f"{self.arm} has no times: {self.failed}")
+        ordered = sorted(self.milliseconds)
+        return ordered[round(percent / 100 * (len(ordered) - 1))]
+
+
+def llama_8b(layers: int = 32) -> LlamaConfig:
+    """The 8B architecture of Llama 3.1.
+
+    Args:
+        layers: Fewer for a shorter run.
+
+    Returns:
+        Its configuration.
+    """
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=1 << 18,
+    )
+
+
+def random_model(config: LlamaConfig, device: torch.device, seed: int = 0) -> LlamaForCausalLM:
+    """A model with random weights, made where it is to run.
+
+    Args:
+        config: Its architecture.
+        device: CUDA, for bfloat16, or a CPU, for float32.
+        seed: Picks the weights.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    torch.manual_seed(seed)
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        with device:
+            model = LlamaForCausalLM(config)
+            model.train(False)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def arms_for(device: torch.device) -> list[Arm]:
+    """The arms that a device can run.
+
+    Args:
+        device: Where the model is.
+
+    Returns:
+        All on CUDA; on a CPU the eager ones.
+    """
+    return [arm for arm in ARMS if device.type == "cuda" or not arm.captured]
+
+
+@torch.no_grad()
+def measure(
+    model: LlamaForCausalLM,
+    batch: int,
+    tokens: int,
+    *,
+    profile: str = "4",
+    rounds: int = 3,
+    steps: int = 10,
+    arms: Sequence[Arm] | None = None,
+    backend: str = "auto",
+) -> list[Step]:
+    """Time one decoding step of each arm.
+
+    Args:
+        model: As `random_model` makes it.
+        batch: Rows.
+        tokens: Tokens that the cache holds.
+        profile: Of our cache.
+        rounds: How often each arm is built and timed.
+        steps: Timed steps of an arm in a round.
+        arms: Which; None for all that the device can run.
+        backend: Of our attention.
+
+    Returns:
+        One `Step` an arm, in order. An arm that torch refuses or that does not fit into memory has `failed`
+        instead of times, and is not tried again.
+
+    Raises:
+        ValueError: If a number is below 1, or an arm cannot be captured on this device.
+    """
+    if min(batch, tokens, rounds, steps) < 1:
+        raise ValueError(
+            f"batch, tokens, rounds and steps must be at least 1, not {batch}, {tokens}, {rounds}, {steps}"
+        )
+    device = next(model.parameters()).device
+    chosen = arms_for(device) if arms is None else list(arms)
+    if device.type != "cuda" and any(arm.captured for arm in chosen):
+        raise ValueError(f"a step can be captured in a graph on CUDA only, not on {device.type}: arms_for()")
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = {arm.name: Step(batch, tokens, arm.name, named) for arm in chosen}
+    for _ in range(rounds):
+        for arm in chosen:
+            if found[arm.name].failed is None:
+                found[arm.name] = _round(model, arm, found[arm.name], profile, steps, backend)
+            _free(device)
+    return list(found.values())
+
+
+def table(found: Sequence[Step]) -> Table:
+    """What was found for one shape, as a table for a shell.
+
+    Args:
+        found: What `measure` returned.
+
+    Returns:
+        A row an arm: milliseconds a step, times as long as ours captured (or else eager), memory, backend.
+    """
+    first = found[0]
+    title = f"{first.batch} x {first.tokens:,} tokens, {first.device}, {first.software}"
+    shown = Table(
+        "arm",
+        "ms a step: p20",
+        "p50",
+        "p80",
+        "n",
+        "x ours",
+        "cache GB",
+        "peak GB",
+        "attended by",
+        title=title,
+    )
+    ours = next((step for step in found if step.arm.startswith("ours") and step.milliseconds), None)
+    for step in found:
+        if step.failed is not None:
+            shown.add_row(step.arm, f"did not run: {step.failed}")
+            continue
+        low, middle, high = (step.percentile(percent) for percent in (20, 50, 80))
+        sizes = ["" if size is None else f"{size / 1e9:.2f}" for size in (step.cache_bytes, step.peak_bytes)]
+        ratio = "" if ours is None else f"{middle / ours.percentile(50):.2f}"
+        how = f"{step.backend}: {step.reason}" if step.reason else str(step.backend)
+        times = (f"{time_:.2f}" for time_ in (low, middle, high))
+        shown.add_row(step.arm, *times, str(len(step.milliseconds)), ratio, *sizes, how)
+    return shown
+
+
+def _round(model: LlamaForCausalLM, arm: Arm, before: Step, profile: str, steps: int, backend: str) -> Step:
+    """Build an arm, time it, and leave nothing of it behind."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        if arm.cache == "ours":
+            attach(model, profile, backend=backend)
+            stack.callback(detach, model)
+        elif not arm.masked:
+            AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+            AttentionMaskInterface.register(_UNMASKED, _no_mask)
+            model.set_attn_implementation(_UNMASKED)
+            stack.callback(model.set_attn_implementation, "sdpa")
+        if arm.kernel is not None:
+            stack.enter_context(sdpa_kernel(arm.kernel))
+            # Where the kernel cannot serve, torch warns at length before it raises; `failed` has the error.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)
+        try:
+            cache = _cache(model, arm, profile, before.tokens + _WARM + steps + 1, backend)
+            _fill(cache, model, before.batch, before.tokens)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = list(
+                _times(_launch(model, cache, before.batch, before.tokens, arm.captured), steps, device)
+            )
+        except RuntimeError as error:  # of which running out of memory is one
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            return replace(before, milliseconds=[], failed=told[0])
+        ours = isinstance(cache, TurboQuantCache)
+        return replace(
+            before,
+            milliseconds=[*before.milliseconds, *times],
+            cache_bytes=_nbytes(cache),
+            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            backend=cache.backend if ours else "torch's choice" if arm.kernel is None else arm.kernel.name,
+            reason=cache.backend_reason if ours else None,
+        )
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _cache(model: nn.Module, arm: Arm, profile: str, room: int, backend: str) -> Any:
+    config: Any = model.config
+    if arm.cache == "ours":
+        # A graph needs fixed storage.
+        return TurboQuantCache(config, profile, capacity=room if arm.captured else None, backend=backend)
+    return (
+        StaticCache(config=config, max_cache_len=room)
+        if arm.cache == "static"
+        else DynamicCache(config=config)
+    )
+
+
+def _fill(cache: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
+    """The same random keys and values in every layer."""
+    weight = next(model.parameters())
+    config: Any = model.config
+    generator = torch.Generator(weight.device).manual_seed(0)
+    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    keys, values = (
+        torch.randn(shape, device=weight.device, dtype=weight.dtype, generator=generator) for _ in range(2)
+    )
+    for layer in range(config.num_hidden_layers):
+        cache.update(keys, values, layer)
+
+
+def _launch(
+    model: LlamaForCausalLM, cache: Any, batch: int, tokens: int, captured: bool
+) -> Callable[[], object]:
+    """One decoding step, after warm-up."""
+    device = next(model.parameters()).device
+    token = torch.full((batch, 1), 7, device=device)
+    place = torch.full((batch, 1), tokens, device=device)
+    name = cache_argument(model)
+
+    def forward() -> Tensor:
+        kept: dict[str, Any] = {name: cache}
+        logits: Tensor = model(
+            input_ids=token, position_ids=place, use_cache=True, logits_to_keep=1, **kept
+        ).logits
+        return logits
+
+    if not captured:
+        for _ in range(3):
+            forward()
+        return forward
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    return graph.replay
+
+
+def _times(launch: Callable[[], object], steps: int, device: torch.device) -> Iterator[float]:
+    """Milliseconds from a launch until the device is idle again."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(_WARM - 3):
+        launch()
+    wait()
+    for _ in range(steps):
+        began = time.perf_counter()
+        launch()
+        wait()
+        yield (time.perf_counter() - began) * 1e3
+
+
+def _nbytes(cache: Any) -> int:
+    if isinstance(cache, TurboQuantCache):
+        return cache.stored_bytes()
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
