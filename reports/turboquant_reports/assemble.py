@@ -10,6 +10,7 @@ from typing import Any
 
 from turboquant_claims import ledger as ledger_
 from turboquant_claims.results import Key, Result
+from turboquant_claims.run import DEFAULT_MODEL
 from turboquant_claims.verdicts import claim_verdict
 from turboquant_reports import band, wording
 from turboquant_reports.changes import Change, compare
@@ -74,11 +75,11 @@ class _Assembly:
         self.anchors: set[str] = set()
         self.measured: list[Result] = []
         self.found: dict[Key, list[Result]] = {}
-        self.columns: dict[str, list[Column]] = {"none": [], "mse": [], "prod": [], "any": []}
+        self.columns: dict[tuple[str, str], list[Column]] = {}
         for result in results:
             self.found.setdefault(result.key, []).append(result)
             column = Column(result.subject, result.model)
-            columns = self.columns[ledger.claims[result.claim].subject]
+            columns = self.columns.setdefault(_asked_of(ledger.claims[result.claim]), [])
             if column not in columns:
                 columns.append(column)
         for columns in self.columns.values():
@@ -95,7 +96,7 @@ class _Assembly:
         shared, varying = _shared(claim)
         cells: list[Cell] = []
         chips: dict[Column, Chip] = {}
-        for column in self.columns[claim.subject] or [Column("", "")]:
+        for column in self.columns.get(_asked_of(claim)) or [Column("", claim.weights)]:
             of_column = [
                 self.cell(claim, spec, column, result, wording.parameters(spec.at, varying))
                 for spec in claim.cells
@@ -327,6 +328,11 @@ def _beside(state: str, states: Mapping[str, int], applicable: int) -> str:
     return ", ".join(f"{states[s]} {s}" for s in SYMBOLS if states[s] and s != "not applicable")
 
 
+def _asked_of(claim: ledger_.Claim) -> tuple[str, str]:
+    """The subjects and models that a claim is measured on, by kind: claims with the same share columns."""
+    return claim.subject, claim.weights or ("any model" if "model" in claim.needs else "no model")
+
+
 def _command(claim: ledger_.Claim, cells: Sequence[Cell]) -> str:
     """The pytest command that measures a claim again."""
     words = ["pytest", "claims", "-k", claim.id]
@@ -336,7 +342,7 @@ def _command(claim: ledger_.Claim, cells: Sequence[Cell]) -> str:
     for subject in dict.fromkeys(cell.subject for cell in asked if cell.subject):
         words += ["--subject", subject]
     for model in dict.fromkeys(cell.model for cell in asked if cell.model):
-        words += ["--model", model]
+        words += ["--model", f"PATH/TO/{model}" if model == claim.weights != DEFAULT_MODEL else model]
     for run in dict.fromkeys(cell.run for cell in asked if cell.run is not None):
         if "master_seed" in dict(run.facts):
             words += ["--seed", dict(run.facts)["master_seed"]]
