@@ -1,0 +1,46 @@
+"""Which model is measured? By name or folder, in the variant that a mechanism needs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from turboquant.evals.models import load_model
+from turboquant_claims.run import DEFAULT_MODEL
+
+VARIANTS = ("", "outlier-keys", "long-keys")
+LONG_KEYS = 64.0
+"""How much longer the keys of the "long-keys" variant are: a power of two, so that nothing else changes."""
+
+
+@lru_cache(maxsize=2)
+def load(name: str, variant: str = "", device: str = "cpu") -> tuple[Any, Any]:
+    """A model in evaluation mode, and its tokenizer, loaded once a process; nothing is downloaded.
+
+    Args:
+        name: "needle", the model that comes with the library, or the folder of another.
+        variant: Of needle: "outlier-keys" (some channels of keys enlarged, those of queries shrunk) or
+            "long-keys" (all of them), both the same function to the bit at full precision; or empty.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: If there is no such model or variant.
+    """
+    if variant not in VARIANTS or (variant and name != DEFAULT_MODEL):
+        raise ValueError(
+            f"{name} has no variant {variant!r}: needle alone has any, {', '.join(VARIANTS[1:])}"
+        )
+    model, tokenizer = load_model("needle-outliers" if variant == "outlier-keys" else name, device=device)
+    if variant == "long-keys":
+        lengthen_keys(model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def lengthen_keys(model: Any) -> None:
+    """Multiply all keys by a power of two and divide all queries by it, in place: the same function."""
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight *= LONG_KEYS
+        layer.self_attn.q_proj.weight /= LONG_KEYS
