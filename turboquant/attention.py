@@ -51,7 +51,8 @@ def attach(
         prefill: "codes": in a forward of several tokens, query i reads token j raw if i - j < window or j is
             a sink, else from codes, whatever the chunking: for evaluations. "raw": as deployed, new tokens
             read one another raw, so that a single prefill measures the uncompressed model; the cache says so
-            (`TurboQuantCache.scored_from_raw_prefill`).
+            (`TurboQuantCache.scored_from_raw_prefill`), and `turboquant.evals.guards.check_prefill` refuses
+            such scores.
         backend: "auto", "torch" or "gluon"; each cache's `backend` says which ran.
         seed: Picks rotations and sketches, instead of the profile's.
 

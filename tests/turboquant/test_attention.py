@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from turboquant.attention import attach, detach, turboquant_attention
 from turboquant.cache import IMPLEMENTATION, TurboQuantCache, cache_argument
+from turboquant.evals.guards import GuardError, check_prefill
 from turboquant.profiles import profile
 
 COARSE = profile("2", window=4)
@@ -53,7 +54,7 @@ class TestOnePrefill:
         for bits in ("8", "4", "2"):
             attach(llama, profile(bits, window=4))
             found[bits], cache = log_likelihood(llama)
-            assert not cache.scored_from_raw_prefill()
+            check_prefill(cache)
         assert abs(found["8"] - exact) < abs(found["4"] - exact) < abs(found["2"] - exact)
         assert len({float(value) for value in found.values()}) == 3
 
@@ -64,6 +65,8 @@ class TestOnePrefill:
             found, cache = log_likelihood(llama)
             assert torch.equal(found, exact)
             assert cache.scored_from_raw_prefill()
+            with pytest.raises(GuardError, match="the uncompressed model's"):
+                check_prefill(cache)
             # The first window of queries sees nothing that a window would not show.
             assert not cache.scored_from_raw_prefill(0, 4)
             assert cache.scored_from_raw_prefill(4, 5)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from turboquant.cache import TurboQuantCache
 from turboquant.theory import distortion, mse_upper_bound
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "check_later",
     "check_law",
     "check_needles",
+    "check_prefill",
     "check_queries",
     "check_storage",
     "reachable_bytes",
@@ -186,6 +188,25 @@ def check_later(name: str, held: int, prefix: int) -> None:
         raise GuardError(
             f"{name} holds {held} tokens before the scored forward, not the prefix's {prefix}: "
             "the scores would come from a prefill that reads raw keys and values"
+        )
+
+
+def check_prefill(cache: TurboQuantCache, start: int = 0, stop: int | None = None) -> None:
+    """What a single prefill of an attached model scored was read from codes: ask before taking its numbers.
+
+    Args:
+        cache: What the forward returned.
+        start: First token that was scored, counted as columns of the batch.
+        stop: One past the last; None for all.
+
+    Raises:
+        GuardError: Some of the tokens read raw keys and values: their scores are the uncompressed model's.
+    """
+    if cache.scored_from_raw_prefill(start, stop):
+        end = int(cache.get_seq_length()) if stop is None else stop
+        raise GuardError(
+            f"tokens {start} to {end} were scored in a prefill that read raw keys and values: the scores "
+            'are the uncompressed model\'s; attach with prefill="codes"'
         )
 
 
