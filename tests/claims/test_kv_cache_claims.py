@@ -50,6 +50,7 @@ SMALL = {
     "text": Evaluation(
         kind="text", arms=("tq4", "tq2", "boundary tq2", "int4"), context=384, scored=16, segments=40
     ),
+    "same": Evaluation(kind="text", arms=("tq2",), context=384, scored=16, segments=40),
     "again": Evaluation(kind="text", arms=("tq4",), context=384, scored=16, segments=40, same_text=2),
     "attention": Evaluation(kind="attention", arms=("tq4", "tq2"), context=384, queries=8, segments=40),
     "niah": Evaluation(kind="niah", arms=("tq4", "tq1"), context=512, questions="multi-query", needles=4),
@@ -140,6 +141,17 @@ def test_clusters_of_the_same_text_differ_by_rotation_alone(
     test_text.test_spread_over_rotations(cell, CacheUnderTest(OURS), "tiny", record, measurements)
     assert 0 < interval(record.evidence).value < 1  # type: ignore[arg-type]
     assert record.notes["rotations"] == 20
+
+
+def test_evaluations_of_one_kind_read_the_same_texts_under_any_master_seed(
+    measurements: Measurements, tmp_path: Path
+) -> None:
+    cell = a_cell(tmp_path, 'evaluation = "same", against = "text", arm = "tq2"')
+    for seed in (cell.master_seed, 1):
+        record = Record()
+        seeded = Cell(cell.claim, cell.spec, master_seed=seed)
+        test_text.test_largest_difference(seeded, "tiny", record, measurements)
+        assert interval(record.evidence).value == 0  # type: ignore[arg-type]
 
 
 def test_keys_of_other_clusters_are_left_out() -> None:

@@ -117,9 +117,8 @@ def test_largest_difference(cell: Cell, model: str, record: Record, measurements
     (found,) = segments(measurements, cell, model, cell["arm"])
     worst = divergences(found)
     if "against" in cell.at:
-        other = Cell(
-            cell.claim, cell.spec.model_copy(update={"at": cell.at | {"evaluation": cell["against"]}})
-        )
+        at = cell.at | {"evaluation": cell["against"]}
+        other = Cell(cell.claim, cell.spec.model_copy(update={"at": at}), cell.master_seed)
         (plain,) = segments(measurements, other, model, cell["arm"])
         worst = [abs(a - b) for a, b in zip(worst, divergences(plain), strict=True)]
     record.figure(max(worst))
