@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_render import FIGURES
 
 from turboquant_reports.render import render, write
+
+PUBLISHED = Path(__file__).parents[2] / "reports/published/report.html"
 
 pytestmark = pytest.mark.browser
 
@@ -188,6 +191,19 @@ def test_nothing_overflows_sideways(page: webdriver.Chrome, width: int) -> None:
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     page.execute_script("document.querySelector('h1').style.minWidth = '2000px'")
     assert page.execute_script(BEYOND) != []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_published_report_does_not_overflow(browser: webdriver.Chrome, width: int) -> None:
+    """Its matrices scroll; words for screen readers in them must not widen the page."""
+    screen(browser, width, "light")
+    browser.get(PUBLISHED.as_uri())
+    browser.execute_script(OPEN_ALL)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.execute_script(
+        "for (const e of document.querySelectorAll('.scroll-x')) e.style.position = 'static'"
+    )
+    assert width < 600 or browser.execute_script("return document.documentElement.scrollWidth > innerWidth")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
