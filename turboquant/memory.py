@@ -175,6 +175,12 @@ def _kinds(text: PretrainedConfig) -> tuple[list[str], list[PretrainedConfig]]:
             )
             for layer in layers
         ]
+    # A window as long as the context never slides (as of Ministral 8B): caches compress such layers too.
+    context = getattr(text, "max_position_embeddings", None)
+    kinds = [
+        FULL if context and kind in SLIDING and _size(layer, SLIDING[kind]) >= context else kind
+        for kind, layer in zip(kinds, layers, strict=True)
+    ]
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     return [*kinds[: number - shared], *["dummy"] * shared], layers
 
