@@ -1,9 +1,13 @@
-"""Is the plugin cheap where there are no claims, and does the judge do without torch?"""
+"""Is the plugin cheap where there are no claims, does the judge do without torch, and do checks without faiss?"""
 
 import subprocess
 import sys
 
 import pytest
+from toy_subjects import Toy
+
+from turboquant_claims.ledger import load
+from turboquant_claims.run import Plan
 
 JUDGE = ("ledger", "evidence", "verdicts", "results", "hooks", "plugin", "controller", "run", "provenance")
 
@@ -37,3 +41,35 @@ def test_the_guards_import_torch_only_to_probe() -> None:
 @pytest.mark.parametrize("module", ["torch", "turboquant_claims.ledger"])
 def test_the_probe_can_fail(module: str) -> None:
     assert module in imported(f"import {module}")
+
+
+WITHOUT_FAISS = """
+import importlib, pkgutil, sys
+import turboquant_claims as claims
+sys.modules["faiss"] = None
+for found in pkgutil.walk_packages(claims.__path__, "turboquant_claims."):
+    if found.name.rpartition(".")[2].startswith("test_"):
+        importlib.import_module(found.name)
+"""
+
+
+def test_every_check_is_collected_without_faiss() -> None:
+    names = imported(WITHOUT_FAISS)
+    assert {"turboquant_claims.retrieval.test_score_error", "turboquant_claims.kv_cache.test_text"} <= names
+
+
+def test_an_import_of_faiss_would_be_seen() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        imported(WITHOUT_FAISS + "from turboquant.evals.retrieval import RaBitQ\nRaBitQ()")
+    assert "faiss" in failed.value.stderr
+
+
+@pytest.mark.parametrize("claim_id", ["rabitq-note-score-error", "rabitq-note-recall"])
+def test_cells_that_need_faiss_say_so(claim_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    ledger = load()
+    claim = ledger.claims[claim_id]
+    plan = Plan(ledger, {"toy": Toy("toy", claim.subject)})
+    assert {plan.obstacle(unit) for unit in plan.units_of(claim)} == {
+        ("not run", "needs faiss-cpu, which is not installed")
+    }
