@@ -1,4 +1,4 @@
-"""Is the plugin cheap where there are no claims, does the judge do without torch, and do checks without faiss?"""
+"""Is the plugin cheap without claims, does the judge do without torch, and are checks collected without faiss?"""
 
 import subprocess
 import sys
