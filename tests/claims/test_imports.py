@@ -1,4 +1,4 @@
-"""Is the plugin cheap without claims, does the judge do without torch, and are checks collected without faiss?"""
+"""What is imported when? No judge without claims, no torch by the judge, no faiss to collect the checks."""
 
 import subprocess
 import sys
