@@ -42,6 +42,7 @@ __all__ = [
     "TurboQuantCache",
     "cache_argument",
     "left_padding",
+    "plain_cache",
     "vector_codec",
 ]
 
@@ -340,7 +341,7 @@ class TurboQuantCache(Cache):
         self.prefill = prefill
         text = config.get_text_config(decoder=True)
         dim = _head_dim(text)
-        layers = list(DynamicCache(config=config).layers)
+        layers = list(plain_cache(config).layers)
         compressed = _compressed(layers, text, self.profile)
         if capacity is not None:
             layers = list(StaticCache(config=config, max_cache_len=capacity).layers)
@@ -439,6 +440,24 @@ class TurboQuantCache(Cache):
             layer.device = torch.device(device)
 
 
+def plain_cache(config: PretrainedConfig) -> DynamicCache:
+    """An uncompressed cache, with a `DynamicLayer` for each layer that attends to the whole context.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        transformers' own cache, but that a sliding window as long as the context, which never slides (as of
+        Ministral 8B), makes no sliding layer.
+    """
+    cache = DynamicCache(config=config)
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer and context and layer.sliding_window >= context:
+            cache.layers[i] = DynamicLayer()  # type: ignore[no-untyped-call]
+    return cache
+
+
 def cache_argument(model: nn.Module) -> str:
     """What a model calls its cache, as an argument and as a field of its output.
 
@@ -504,15 +523,9 @@ def _head_dim(text: PretrainedConfig) -> int:
 
 def _compressed(layers: Sequence[Any], text: PretrainedConfig, profile: Profile) -> list[int]:
     """Numbers of the layers to compress."""
-    context = getattr(text, "max_position_embeddings", None)
-
-    def attends_fully(layer: Any) -> bool:
-        # A sliding window as long as the context never slides (as of Ministral 8B).
-        slides = type(layer) is DynamicSlidingWindowLayer
-        return type(layer) is DynamicLayer or (slides and bool(context) and layer.sliding_window >= context)
-
-    full = [i for i, layer in enumerate(layers) if attends_fully(layer)]
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not full:
+        context = getattr(text, "max_position_embeddings", None)
         kinds = sorted({type(layer).__name__ for layer in layers})
         windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
         why = "such layers hold a state of fixed size and stay as they are"

@@ -12,8 +12,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
+from turboquant.cache import plain_cache
 from turboquant.packing import pack, unpack
 from turboquant.rivals import AbsMaxInt, IntCodes
 from turboquant.theory import check_bits
@@ -258,7 +259,7 @@ def codec_cache(config: Any, keys: TokenCodec, values: TokenCodec, *, window: in
     Returns:
         An empty cache.
     """
-    layers = DynamicCache(config=config).layers
+    layers = plain_cache(config).layers
     return Cache(layers=[CodecLayer(keys, values, window) if type(x) is DynamicLayer else x for x in layers])
 
 

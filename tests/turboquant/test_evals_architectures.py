@@ -2,27 +2,31 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, prompt
+from tiny_models import COMMON, MODELS, prompt
+from transformers import MistralConfig, MistralForCausalLM
 
 from turboquant.evals.arms import arms
 from turboquant.evals.fidelity import compare, observe
 from turboquant.evals.prefix import Scored, each_arm, prefill
 
-FULL = [name for name in MODELS if name != "mistral-sliding"]
-SERVED = [name for name in FULL if name != "gemma2"]
-"""Gemma2 caps its scores, which sdpa does not; its own attention function does."""
+
+def load(name):
+    model = MODELS[name]()
+    if name == "gemma2":
+        model.set_attn_implementation("eager")  # sdpa knows no softcap
+    return model
 
 
 def test_a_model_without_full_attention_is_refused():
+    config = MistralConfig(**COMMON, sliding_window=255)
+    assert config.max_position_embeddings == 256
     with pytest.raises(ValueError, match="no full-attention layer"):
-        prefill(MODELS["mistral-sliding"](), prompt(1, 40))
+        prefill(MistralForCausalLM(config).eval(), prompt(1, 40))
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_uncompressed_arm_is_the_model_and_the_others_are_not_broken(name):
-    model = MODELS[name]()
-    if name not in SERVED:
-        model.set_attn_implementation("eager")
+    model = load(name)
     ids = prompt(2, 160)
     with torch.no_grad():
         plain = model(input_ids=ids).logits[:, 150:]
@@ -42,9 +46,9 @@ def test_the_uncompressed_arm_is_the_model_and_the_others_are_not_broken(name):
         assert full == [1]
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", MODELS)
 def test_queries_of_full_attention_layers_are_observed(name):
-    model = MODELS[name]()
+    model = load(name)
     ids = prompt(1, 80)
     prefix = prefill(model, ids[:, :70])
     seen = observe(model, prefix, ids[:, 70:])

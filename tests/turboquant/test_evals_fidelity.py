@@ -1,5 +1,7 @@
 """Are captured queries the model's own, and the measures those of their definitions?"""
 
+import dataclasses
+
 import pytest
 import torch
 from evals_material import DIM, TEXT, tiny, tokenizer
@@ -41,19 +43,22 @@ def test_queries_are_those_of_the_model_after_rope():
     assert seen[0].scaling == DIM**-0.5
 
 
-def test_measures_are_those_of_their_definitions():
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_measures_are_those_of_their_definitions(softcap):
     """Against loops over heads and queries."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 3, 16, generator=generator)
     keys, values, noise = torch.randn(3, 1, 2, 20, 16, generator=generator).unbind()
     keys_read, values_read = keys + 0.3 * noise, values + 0.1 * noise
-    found = compare(Observed(query, keys, values, 0.25), keys_read, values_read)
+    found = compare(Observed(query, keys, values, 0.25, softcap), keys_read, values_read)
     for head in range(4):
         kl, top1, top5, cosine, error, energy = [], [], [], [], 0.0, 0.0
         for i in range(3):
             seen = 20 - 3 + i + 1
             q = query[0, head, i].double()
             raw, read = (x[0, head // 2, :seen].double() @ q * 0.25 for x in (keys, keys_read))
+            if softcap is not None:
+                raw, read = (softcap * (x / softcap).tanh() for x in (raw, read))
             p, p_read = raw.softmax(0), read.softmax(0)
             kl.append(float((p * (p / p_read).log()).sum()))
             top1.append(float(raw.argmax() == read.argmax()))
@@ -105,8 +110,9 @@ class KeysForQueries:
         return self.context.__exit__(*error)
 
     def __getitem__(self, layer):
-        query, key, value, scaling = self.given[layer]
-        return key[:, :, -query.shape[2] :].repeat_interleave(2, dim=1), key, value, scaling
+        seen = self.given[layer]
+        queries = seen.keys[:, :, -seen.queries.shape[2] :].repeat_interleave(2, dim=1)
+        return dataclasses.replace(seen, queries=queries)
 
 
 def test_a_query_replaced_by_a_key_is_seen(monkeypatch):

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant import rival_caches
+from turboquant.cache import plain_cache
 from turboquant.evals.guards import Law, reachable_bytes
 from turboquant.subjects import resolve_cache
 from turboquant_kernels.decode import BACKENDS
@@ -142,7 +143,7 @@ def arm(name: str, *, window: int | None = None, backend: str = "dense") -> Arm:
             16,
             16,
             0,
-            lambda config, *_: DynamicCache(config=config),
+            lambda config, *_: plain_cache(config),
             _full_attention_bytes,
             compresses=False,
         )

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from turboquant.attention import turboquant_attention
+from turboquant.cache import plain_cache
 from turboquant.evals.arms import Arm
 from turboquant.evals.guards import check_compressed, check_queries
 from turboquant.evals.niah import text_ids
@@ -43,7 +44,7 @@ from turboquant.evals.records import MeasuredCache, measured
 __all__ = ["Attention", "Observed", "compare", "fidelity", "observe"]
 
 OBSERVER = "turboquant-observer"
-"""Name of the attention function that computes sdpa and keeps what it was given."""
+"""Name of the attention function that computes sdpa, or capped attention, and keeps what it was given."""
 
 MEASURES = ("kl", "top1", "top5", "cosine", "output_error")
 
@@ -89,12 +90,14 @@ class Observed:
         keys: (B, G, S + n, D).
         values: (B, G, S + n, D).
         scaling: Factor of the scores.
+        softcap: c of c tanh(s / c), which the scores go through before the softmax; None for nothing.
     """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     scaling: float
+    softcap: float | None = None
 
 
 def fidelity(
@@ -134,7 +137,7 @@ def fidelity(
         ValueError: If the text is too short, or the context too long for the model.
     """
     rows = segment_rows(text_ids(tokenizer, text), context + queries, segments, apart=queries, seed=seed)
-    layers = [i for i, x in enumerate(DynamicCache(config=model.config).layers) if type(x) is DynamicLayer]
+    layers = [i for i, x in enumerate(plain_cache(model.config).layers) if type(x) is DynamicLayer]
     wanted = [(layer, arm.name) for layer in layers for arm in arms]
     left = [i for i in range(segments) if any((context, i, *one) not in done for one in wanted)]
     size = batch or max(1, batch_rows(model, context) // 4)
@@ -183,9 +186,8 @@ def observe(model: Any, prefix: Prefix, suffix: Tensor) -> dict[int, Observed]:
     with _observer(model) as given:
         forward(model, prefix.cache, suffix)
     for layer, (keys, values) in held.items():
-        query, all_keys, all_values, scaling = given[layer]
-        check_queries(query, all_keys)
-        seen[layer] = Observed(query, all_keys, all_values, scaling)
+        seen[layer] = given[layer]
+        check_queries(seen[layer].queries, seen[layer].keys)
         cut: Any = prefix.cache.layers[layer]
         cut.keys, cut.values = keys, values
     return seen
@@ -203,14 +205,22 @@ def compare(seen: Observed, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         The five measures of `Attention`, by name, (B, H) float64 each.
     """
     rows = [
-        _compare_row(seen.queries[b], seen.keys[b], seen.values[b], keys[b], values[b], seen.scaling)
+        _compare_row(
+            seen.queries[b], seen.keys[b], seen.values[b], keys[b], values[b], seen.scaling, seen.softcap
+        )
         for b in range(len(keys))
     ]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _compare_row(
-    query: Tensor, keys: Tensor, values: Tensor, keys_read: Tensor, values_read: Tensor, scaling: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    keys_read: Tensor,
+    values_read: Tensor,
+    scaling: float,
+    softcap: float | None,
 ) -> dict[str, Tensor]:
     heads, count, dim = query.shape
     tokens = keys.shape[1]
@@ -218,6 +228,8 @@ def _compare_row(
     places = torch.arange(tokens, device=query.device)
     hidden = places > places[-count:, None]
     raw, read = (torch.einsum("grnd,gsd->grns", grouped, k.float()) * scaling for k in (keys, keys_read))
+    if softcap is not None:
+        raw, read = (softcap * (scores / softcap).tanh() for scores in (raw, read))
     dots = [
         (a * b).masked_fill(hidden, 0).sum(-1).double() for a, b in ((raw, read), (raw, raw), (read, read))
     ]
@@ -261,19 +273,17 @@ def _read(
 
 
 @contextmanager
-def _observer(model: Any) -> Iterator[dict[int, tuple[Tensor, Tensor, Tensor, float]]]:
-    """While active, the model's attention is sdpa and keeps what it is given, by layer."""
-    given: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
+def _observer(model: Any) -> Iterator[dict[int, Observed]]:
+    """While active, the model's attention keeps what it is given, by layer."""
+    given: dict[int, Observed] = {}
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         scaling = kwargs.get("scaling")
-        given[module.layer_idx] = (query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return found
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        given[module.layer_idx] = Observed(query, key, value, scaling, kwargs.get("softcap"))
+        return turboquant_attention(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(OBSERVER, attention)
     AttentionMaskInterface.register(OBSERVER, sdpa_mask)

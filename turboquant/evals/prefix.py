@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from turboquant.cache import plain_cache
 from turboquant.evals.arms import Arm
 from turboquant.evals.guards import (
     GuardError,
@@ -211,7 +212,7 @@ def prefill(
     """
     rows = as_rows(ids).to(model.device)
     check_length(model, rows.shape[1])
-    cache = DynamicCache(config=model.config)
+    cache = plain_cache(model.config)
     for part in torch.split(rows, chunk or max(1, FORWARD_TOKENS // len(rows)), dim=1):
         model.base_model(input_ids=part, use_cache=True, **{cache_argument(model.base_model): cache})
     prefix = Prefix(rows, cache)
