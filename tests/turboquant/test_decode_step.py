@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import MODELS
 from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig, StaticCache
 from typer.testing import CliRunner
@@ -11,8 +12,9 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evals import decode_step
 from turboquant.evals.decode_step import Arm, Step
+from turboquant.models import find
+from turboquant.models.random_build import random_model
 
-CPU = torch.device("cpu")
 TOKENS = 200
 
 
@@ -22,7 +24,7 @@ def model():
         vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
     )  # fmt: skip
-    return decode_step.random_model(config, CPU)
+    return random_model(config, "cpu")
 
 
 def test_eager_arms_on_a_cpu(model):
@@ -41,10 +43,23 @@ def test_eager_arms_on_a_cpu(model):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_same_weights_for_the_same_seed(model):
-    again = decode_step.random_model(model.config, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert next(model.parameters()).dtype == torch.get_default_dtype() == torch.float32
+@pytest.mark.parametrize("name", ["phi", "mistral", "gemma2", "qwen3", "qwen3.5", "mistral-sliding"])
+def test_other_architectures(name):
+    """Sliding layers keep their window, recurrent ones a state; neither is compressed."""
+    config = MODELS[name]().config
+    own = random_model(config, "cpu")
+    implementation = own.config._attn_implementation
+    ours, dense = decode_step.measure(own, 2, 150, rounds=1, steps=2)
+    assert (ours.failed, dense.failed) == (None, None)
+    assert len(ours.milliseconds) == len(dense.milliseconds) == 2
+    assert own.config._attn_implementation == implementation
+    layers = decode_step.kv_layers(config)
+    held = [2 * layer.coordinates(150 + 7) * 4 for layer in layers]
+    assert dense.cache_bytes == sum(held)
+    sliding = [size for size, layer in zip(held, layers, strict=True) if layer.window is not None]
+    assert sum(sliding) < ours.cache_bytes
+    chosen = [arm.name for arm in decode_step.arms_for(own)]
+    assert chosen == ["ours, eager", "DynamicCache, eager"]
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -128,9 +143,8 @@ def test_help_has_an_example():
 
 @pytest.mark.gpu
 def test_all_arms_on_cuda():
-    config = decode_step.llama_8b(2)
-    config.vocab_size = 512
-    model = decode_step.random_model(config, torch.device("cuda"))
+    config = find("llama-3.1-8b").make_config(num_hidden_layers=2, vocab_size=512)
+    model = random_model(config, "cuda")
     found = decode_step.measure(model, 2, 2048, rounds=2, steps=3)
     assert [step.arm for step in found] == [arm.name for arm in decode_step.ARMS]
     ran = [step for step in found if step.failed is None]

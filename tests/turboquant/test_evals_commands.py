@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from turboquant.cli import app
 from turboquant.evals import niah
-from turboquant.evals.models import load_model
+from turboquant.models.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,15 @@ _err = Console(stderr=True)
 
 ARMS = "exact,fp8,int4,int3,int2,kivi2,tq4,tq3.5,tq3,tq2.5,tq2"
 
-Model = Annotated[str, typer.Option(help="needle, needle-outliers, or a folder with weights.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="needle, needle-outliers, another of `turboquant models list`, or a folder with weights."
+    ),
+]
+Weights = Annotated[
+    str, typer.Option(help="16bit; or 8bit or 4bit, through bitsandbytes: another model, so a confound.")
+]
 Contexts = Annotated[str, typer.Option(help="Tokens of the compressed prefix, separated by commas.")]
 Bits = Annotated[
     str, typer.Option(help="Bits of ours, separated by commas: 4,3.5,2 is short for --arms tq4,tq3.5,tq2.")
@@ -90,13 +98,14 @@ def niah(
     batch: Batch = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Measure retrieval: is a fact hidden in a long context still found when the cache is compressed?"""
     from turboquant.evals import niah as evaluation
 
-    with _session(model, names, bits, window, backend, device, dtype, text) as session:
+    with _session(model, names, bits, window, backend, device, dtype, weights, text) as session:
         places = _floats(depths, "depths")
         settings = {"kind": kind, "depths": places, "seed": seed, "rotation_seed": rotation_seed}
         for context in session.run("niah", evaluation.Trial, settings, contexts, trials, json):
@@ -135,11 +144,12 @@ def perplexity(
     batch: Batch = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Measure perplexity and bits per byte of text that follows a compressed prefix."""
-    with _session(model, names, bits, window, backend, device, dtype, text) as session:
+    with _session(model, names, bits, window, backend, device, dtype, weights, text) as session:
         _segments(session, contexts, segments, scored, seed, rotation_seed, batch, json)
         session.table(
             "bits per byte",
@@ -165,11 +175,12 @@ def divergence(
     batch: Batch = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Hold next-token distributions against the uncompressed model's: KL divergence, same top token."""
-    with _session(model, names, bits, window, backend, device, dtype, text) as session:
+    with _session(model, names, bits, window, backend, device, dtype, weights, text) as session:
         _segments(session, contexts, segments, scored, seed, rotation_seed, batch, json)
         session.table("mean KL, nats", lambda rs: f"{fmean(r.kl for r in rs):.3g}")
         session.table(
@@ -191,13 +202,14 @@ def fidelity(
     batch: Batch = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Hold attention of real queries over each cache against attention over the raw keys and values."""
     from turboquant.evals import fidelity as evaluation
 
-    with _session(model, names, bits, window, "dense", device, dtype, text) as session:
+    with _session(model, names, bits, window, "dense", device, dtype, weights, text) as session:
         layers = session.model.config.get_text_config(decoder=True).num_hidden_layers
         settings = {"segments": segments, "queries": queries, "seed": seed, "rotation_seed": rotation_seed}
         for context in session.run(
@@ -236,13 +248,14 @@ def generation(
     batch: Batch = None,
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Generate step by step from a growing cache: how long it agrees, and how many bytes it takes."""
     from turboquant.evals import generation as evaluation
 
-    with _session(model, names, bits, window, backend, device, dtype, text) as session:
+    with _session(model, names, bits, window, backend, device, dtype, weights, text) as session:
         settings = {
             "segments": segments,
             "new_tokens": new_tokens,
@@ -285,13 +298,14 @@ def multi_turn(
     backend: Backend = "dense",
     device: Device = "auto",
     dtype: Dtype = None,
+    weights: Weights = "16bit",
     text: TextFile = None,
     json: Json = None,
 ) -> None:
     """Ask several questions about one context, one after another, over the same growing cache."""
     from turboquant.evals import generation as evaluation
 
-    with _session(model, names, bits, window, backend, device, dtype, text) as session:
+    with _session(model, names, bits, window, backend, device, dtype, weights, text) as session:
         settings = {"turns": turns, "seed": seed, "rotation_seed": rotation_seed}
         for context in session.run("multi-turn", evaluation.Turn, settings, contexts, trials * turns, json):
             context.records(
@@ -314,16 +328,22 @@ def speed(
     shapes: Annotated[
         str, typer.Option(help="Rows x tokens that the cache holds, separated by commas.")
     ] = "1x8192,1x32768,8x32768",
+    model: Annotated[
+        str, typer.Option(help="random:NAME of `turboquant models list`, or a model with its own weights.")
+    ] = "random:llama-3.1-8b",
     profile: Annotated[str, typer.Option(help="Profile of our cache; whole bits run on the kernel.")] = "4",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the 8B architecture.")] = 32,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of a model of random weights; left out: all.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each arm is built and timed.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of an arm in a round.")] = 10,
     json: Annotated[
         Path | None, typer.Option("--json", help="File for the times, one JSON object an arm.")
     ] = None,
 ) -> None:
-    """Time one decoding step of a model of Llama's 8B shape (random weights), compressed and not, on CUDA."""
+    """Time one decoding step of a whole model, compressed and not, on CUDA; random weights will do."""
     from turboquant.evals import decode_step
+    from turboquant.models.load import load_model
 
     failed = []
     try:
@@ -333,10 +353,10 @@ def speed(
                 "turboquant speed times a CUDA device, and torch finds none here: run it on a machine with "
                 "a GPU of at least 80 GB, or with fewer --layers"
             )
-        model = decode_step.random_model(decode_step.llama_8b(layers), torch.device("cuda"))
+        loaded = load_model(model, device="cuda", layers=layers)[0]
         lines = []
         for batch, tokens in sizes:
-            found = decode_step.measure(model, batch, tokens, profile=profile, rounds=rounds, steps=steps)
+            found = decode_step.measure(loaded, batch, tokens, profile=profile, rounds=rounds, steps=steps)
             _out.print(decode_step.table(found))
             lines += [json_module.dumps(dataclasses.asdict(step)) + "\n" for step in found]
             failed += [step for step in found if step.failed and step.arm.startswith("ours")]
@@ -486,12 +506,13 @@ def _session(
     backend: str,
     device: str,
     dtype: str | None,
+    weights: str,
     text: Path | None,
 ) -> Iterator[_Session]:
     """Load what a command asks for; what a user can mend becomes one line on stderr and exit code 1."""
     try:
         from turboquant.evals.arms import arms
-        from turboquant.evals.models import load_model
+        from turboquant.models.load import load_model
 
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype is not None and dtype not in kinds:
@@ -499,9 +520,11 @@ def _session(
         asked = [*_words(names), *(f"tq{b}" for b in _words(bits))] or ARMS.split(",")
         chosen = arms(asked, window=window, backend=backend)
         written = None if text is None else text.read_text(encoding="utf-8")
-        loaded = load_model(model, device=device, dtype=None if dtype is None else kinds[dtype])
+        kind = None if dtype is None else kinds[dtype]
+        loaded = load_model(model, device=device, dtype=kind, weights=weights)
         about = {
             "model": model,
+            "source": loaded[0].turboquant_source,
             "window": window,
             "backend": backend,
             "text": None if text is None else str(text),

@@ -1,8 +1,8 @@
 """How long does one decoding step of a whole model take, over codes and over dense caches?
 
-    turboquant speed [--shapes 1x8192,8x32768] [--layers 32] [--rounds 3] [--json FILE]
+    turboquant speed [--model random:llama-3.1-8b] [--shapes 1x8192,8x32768] [--rounds 3] [--json FILE]
 
-The model is a Llama-shaped stack with random weights and random keys and values: time depends on neither. An
+The model may have random weights, and its cache holds random keys and values: time depends on neither. An
 arm is a cache and a way to launch the step: eager, or captured in a CUDA graph and replayed, which leaves no
 Python in the time. Each round builds every arm anew and times it, so that what changes on the machine meets
 all of them; times of all rounds are pooled.
@@ -32,16 +32,16 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from turboquant.attention import attach, detach
 from turboquant.cache import TurboQuantCache, cache_argument
+from turboquant.memory import kv_layers
 
-__all__ = ["ARMS", "Arm", "Step", "arms_for", "llama_8b", "measure", "random_model", "table"]
+__all__ = ["ARMS", "Arm", "Step", "arms_for", "measure", "table"]
 
 _UNMASKED = "turboquant-benchmark-unmasked"
 _WARM = 5
@@ -127,67 +127,24 @@ class Step:
         return ordered[round(percent / 100 * (len(ordered) - 1))]
 
 
-def llama_8b(layers: int = 32) -> LlamaConfig:
-    """The 8B architecture of Llama 3.1.
+def arms_for(model: PreTrainedModel) -> list[Arm]:
+    """The arms that a model can run where it is.
 
     Args:
-        layers: Fewer for a shorter run.
+        model: A causal language model.
 
     Returns:
-        Its configuration.
+        All on CUDA, on a CPU the eager ones; those that choose among torch's attention kernels only if the
+        model uses them, which one with soft-capped scores does not.
     """
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=1 << 18,
-    )
-
-
-def random_model(config: LlamaConfig, device: torch.device, seed: int = 0) -> LlamaForCausalLM:
-    """A model with random weights, made where it is to run.
-
-    Args:
-        config: Its architecture.
-        device: CUDA, for bfloat16, or a CPU, for float32.
-        seed: Picks the weights.
-
-    Returns:
-        The model, in evaluation mode.
-    """
-    torch.manual_seed(seed)
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(kind)
-    try:
-        with device:
-            model = LlamaForCausalLM(config)
-            model.train(False)
-    finally:
-        torch.set_default_dtype(before)
-    model.set_attn_implementation("sdpa")
-    return model
-
-
-def arms_for(device: torch.device) -> list[Arm]:
-    """The arms that a device can run.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        All on CUDA; on a CPU the eager ones.
-    """
-    return [arm for arm in ARMS if device.type == "cuda" or not arm.captured]
+    captured = model.device.type == "cuda"
+    kernels = model.config._attn_implementation == "sdpa"
+    return [arm for arm in ARMS if (captured or not arm.captured) and (kernels or arm.kernel is None)]
 
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batch: int,
     tokens: int,
     *,
@@ -200,7 +157,7 @@ def measure(
     """Time one decoding step of each arm.
 
     Args:
-        model: As `random_model` makes it.
+        model: A causal language model in evaluation mode, with random weights or others.
         batch: Rows.
         tokens: Tokens that the cache holds.
         profile: Of our cache.
@@ -220,8 +177,8 @@ def measure(
         raise ValueError(
             f"batch, tokens, rounds and steps must be at least 1, not {batch}, {tokens}, {rounds}, {steps}"
         )
-    device = next(model.parameters()).device
-    chosen = arms_for(device) if arms is None else list(arms)
+    device = model.device
+    chosen = arms_for(model) if arms is None else list(arms)
     if device.type != "cuda" and any(arm.captured for arm in chosen):
         raise ValueError(f"a step can be captured in a graph on CUDA only, not on {device.type}: arms_for()")
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -271,9 +228,9 @@ def table(found: Sequence[Step]) -> Table:
     return shown
 
 
-def _round(model: LlamaForCausalLM, arm: Arm, before: Step, profile: str, steps: int, backend: str) -> Step:
+def _round(model: PreTrainedModel, arm: Arm, before: Step, profile: str, steps: int, backend: str) -> Step:
     """Build an arm, time it, and leave nothing of it behind."""
-    device = next(model.parameters()).device
+    device = model.device
     with ExitStack() as stack:
         if arm.cache == "ours":
             attach(model, profile, backend=backend)
@@ -281,8 +238,8 @@ def _round(model: LlamaForCausalLM, arm: Arm, before: Step, profile: str, steps:
         elif not arm.masked:
             AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
             AttentionMaskInterface.register(_UNMASKED, _no_mask)
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
             model.set_attn_implementation(_UNMASKED)
-            stack.callback(model.set_attn_implementation, "sdpa")
         if arm.kernel is not None:
             stack.enter_context(sdpa_kernel(arm.kernel))
             # Where the kernel cannot serve, torch warns at length before it raises; `failed` has the error.
@@ -326,34 +283,43 @@ def _cache(model: nn.Module, arm: Arm, profile: str, room: int, backend: str) ->
     )
 
 
-def _fill(cache: Any, model: LlamaForCausalLM, batch: int, tokens: int) -> None:
-    """The same random keys and values in every layer."""
+def _fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int) -> None:
+    """The same random keys and values in every layer that holds any."""
     weight = next(model.parameters())
-    config: Any = model.config
     generator = torch.Generator(weight.device).manual_seed(0)
-    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    layer = kv_layers(model.config)[0]
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
+    recurrent = "linear_attention" in kinds
+    if recurrent:  # its layers decode from a state, which a first token makes
+        _forward(model, cache, torch.full((batch, 1), 7, device=weight.device), 0)
+    shape = (batch, layer.kv_heads, tokens - recurrent, layer.head_dim)
     keys, values = (
         torch.randn(shape, device=weight.device, dtype=weight.dtype, generator=generator) for _ in range(2)
     )
-    for layer in range(config.num_hidden_layers):
-        cache.update(keys, values, layer)
+    for number, kind in enumerate(kinds):
+        if kind != "linear_attention" and tokens > recurrent:
+            cache.update(keys, values, number)
+
+
+def _forward(model: PreTrainedModel, cache: Any, ids: Tensor, place: int | Tensor) -> Tensor:
+    kept: dict[str, Any] = {cache_argument(model): cache}
+    places = torch.full_like(ids, place) if isinstance(place, int) else place
+    logits: Tensor = model(
+        input_ids=ids, position_ids=places, use_cache=True, logits_to_keep=1, **kept
+    ).logits
+    return logits
 
 
 def _launch(
-    model: LlamaForCausalLM, cache: Any, batch: int, tokens: int, captured: bool
+    model: PreTrainedModel, cache: Any, batch: int, tokens: int, captured: bool
 ) -> Callable[[], object]:
     """One decoding step, after warm-up."""
-    device = next(model.parameters()).device
+    device = model.device
     token = torch.full((batch, 1), 7, device=device)
     place = torch.full((batch, 1), tokens, device=device)
-    name = cache_argument(model)
 
     def forward() -> Tensor:
-        kept: dict[str, Any] = {name: cache}
-        logits: Tensor = model(
-            input_ids=token, position_ids=place, use_cache=True, logits_to_keep=1, **kept
-        ).logits
-        return logits
+        return _forward(model, cache, token, place)
 
     if not captured:
         for _ in range(3):
@@ -389,9 +355,11 @@ def _times(launch: Callable[[], object], steps: int, device: torch.device) -> It
 
 
 def _nbytes(cache: Any) -> int:
-    if isinstance(cache, TurboQuantCache):
-        return cache.stored_bytes()
-    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+    ours = isinstance(cache, TurboQuantCache)
+    dense = [layer for number, layer in enumerate(cache.layers) if not ours or number not in cache.packed]
+    held = [layer for layer in dense if getattr(layer, "keys", None) is not None]
+    raw = sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in held)
+    return raw + (cache.stored_bytes() if ours else 0)
 
 
 def _free(device: torch.device) -> None:

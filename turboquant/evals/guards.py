@@ -31,6 +31,7 @@ __all__ = [
     "check_prefill",
     "check_queries",
     "check_storage",
+    "check_weights",
     "reachable_bytes",
     "tensors_of",
 ]
@@ -56,6 +57,27 @@ DECODE_SLACK = 32
 
 class GuardError(ValueError):
     """The run proves nothing about the arm that it was meant to measure."""
+
+
+def check_weights(model: object) -> None:
+    """A model whose quality is measured has weights that were trained; every such evaluation asks first.
+
+    A tiny checkpoint has random weights too, but exists to prove the path: it may be evaluated.
+
+    Args:
+        model: As `turboquant.models.load.load_model` gives it, or from elsewhere, of which nothing is known.
+
+    Raises:
+        GuardError: Its weights are random.
+    """
+    source = getattr(model, "turboquant_source", None)
+    if source is not None and source["kind"] == "random":
+        name = source["name"]
+        raise GuardError(
+            f"{name} has random weights: what it retrieves, predicts or attends to says nothing about a "
+            f"cache; use it for `turboquant speed --model {name}` and `turboquant memory`, and for quality "
+            f"the model itself ({name.partition(':')[2]}) or needle"
+        )
 
 
 def reachable_bytes(thing: object, besides: Iterable[Tensor | np.ndarray[Any, Any]] = ()) -> int:

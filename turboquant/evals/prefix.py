@@ -27,6 +27,7 @@ from turboquant.evals.guards import (
     check_later,
     check_law,
     check_storage,
+    check_weights,
     tensors_of,
 )
 
@@ -196,7 +197,7 @@ def batch_rows(model: Any, context: int) -> int:
 def prefill(
     model: Any, ids: Tensor | Sequence[Tensor | Sequence[int]], *, chunk: int | None = None
 ) -> Prefix:
-    """Run the prefix through the model once, raw.
+    """Run the prefix through the model once, raw; every evaluation of quality begins so.
 
     Args:
         model: A transformers causal language model.
@@ -207,9 +208,11 @@ def prefill(
         The ids, on the model's device, with their keys and values.
 
     Raises:
+        GuardError: If the model's weights are random.
         ValueError: If the prompt is empty, longer than the model's context, or its rows differ in length; or
             if the model has no full-attention layer.
     """
+    check_weights(model)
     rows = as_rows(ids).to(model.device)
     check_length(model, rows.shape[1])
     cache = plain_cache(model.config)

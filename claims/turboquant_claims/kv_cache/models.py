@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from turboquant.evals.models import load_model
+from turboquant.models.load import load_model
 from turboquant_claims.run import DEFAULT_MODEL
 
 VARIANTS = ("", "outlier-keys", "long-keys")
@@ -20,7 +20,7 @@ def load(name: str, variant: str = "", device: str = "cpu") -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer, loaded once a process; nothing is downloaded.
 
     Args:
-        name: "needle", the model that comes with the library, or the folder of another.
+        name: "needle", the model that comes with the library, or another that `load_model` knows.
         variant: Of needle: "outlier-keys" (some channels of keys enlarged, those of queries shrunk) or
             "long-keys" (all of them), both the same function to the bit at full precision; or empty.
         device: "cpu" or "cuda".
