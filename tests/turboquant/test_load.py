@@ -26,6 +26,7 @@ from turboquant.evals.guards import GuardError, check_weights
 from turboquant.models import load
 from turboquant.models.load import cached_folder, check_folder, load_model, verify
 from turboquant.models.random_build import random_model
+from turboquant.models.tiny import write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -98,6 +99,13 @@ def test_random_weights_at_the_size_of_the_architecture(small):
     assert max(ids) < model.config.vocab_size
     short = load_model("random:qwen2.5-3b", device="cpu", layers=2)[0]
     assert short.config.num_hidden_layers == len(short.model.layers) == 2
+
+
+def test_a_tiny_checkpoint_says_that_it_is_one(tmp_path):
+    folder = write_checkpoint("qwen3.6-27b", tmp_path / "tiny")
+    for name in ("tiny:qwen3.6-27b", str(folder)):
+        source = load_model(name, device="cpu")[0].turboquant_source
+        assert source == {"kind": "tiny", "name": name, "revision": None, "weights": "16bit"}
 
 
 EVALUATIONS = {
@@ -261,6 +269,7 @@ def test_a_cached_model_of_other_layers_than_registered_is_told(monkeypatch, tmp
             "random:llama3.1-8b",
             "there is no registered model 'llama3.1-8b'; the nearest names are llama-3.1-8b",
         ),
+        ("tiny:phi2", "there is no registered model 'phi2'; the nearest names are phi-2"),
         ("randm:phi-2", "'randm:phi-2' is no model; did you mean 'phi-2'"),
         ("random:", "'random:' is no model"),
         ("/no/such/folder", "is no model: give one of needle, needle-outliers, qwen2.5-3b,"),

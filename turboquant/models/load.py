@@ -11,12 +11,14 @@ import hashlib
 import importlib.util
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from turboquant.models import Model, find, models
+from turboquant.models.tiny import MARK, write_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -48,7 +50,8 @@ def load_model(
     Args:
         name: "needle", "needle-outliers" (the same function with some channels of the keys 16 times larger);
             another registered name, whose files are in the hub's cache; "random:NAME" (a registered
-            architecture at full size with random weights, whose tokens are bytes: for speed and memory); or a
+            architecture at full size with random weights, whose tokens are bytes: for speed and memory);
+            "tiny:NAME" (the same made small, through files in the hub's layout: for proving the path); or a
             folder with config.json, safetensors weights and a tokenizer.
         device: Where to; "auto" for CUDA if there is one.
         dtype: Of the weights; None for bfloat16 on CUDA and float32 elsewhere.
@@ -57,8 +60,8 @@ def load_model(
         layers: So many layers of random weights, to fit a smaller card; None for all.
 
     Returns:
-        Model and tokenizer. `model.turboquant_source` says what it is: "kind" ("weights" or "random"),
-        "name", "revision" and "weights".
+        Model and tokenizer. `model.turboquant_source` says what it is: "kind" ("weights", "tiny" or
+        "random"), "name", "revision" and "weights".
 
     Raises:
         FileNotFoundError: If needle's weights are missing.
@@ -85,6 +88,10 @@ def load_model(
     elif prefix == "random" and rest:
         loaded = _random(find(rest), place, kind, layers)
         source["kind"] = "random"
+    elif prefix == "tiny" and rest:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = _read(write_checkpoint(rest, Path(folder) / "checkpoint"), place, kind, weights)
+        source["kind"] = "tiny"
     elif name in models():
         model = find(name)
         folder_ = cached_folder(model)
@@ -92,7 +99,10 @@ def load_model(
         loaded = _read(folder_, place, kind, weights)
         source["revision"] = folder_.name
     else:
-        loaded = _read(_folder(name), place, kind, weights)
+        given = _folder(name)
+        loaded = _read(given, place, kind, weights)
+        if MARK in _json(given / "config.json"):
+            source["kind"] = "tiny"
     loaded[0].turboquant_source = source
     return loaded
 
@@ -121,7 +131,7 @@ def _folder(name: str) -> Path:
         near = difflib.get_close_matches(word.lower(), known, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}" if near else ""
         raise ValueError(
-            f"{name!r} is no model{hint}: give one of {', '.join(known)}, random:NAME of one, "
+            f"{name!r} is no model{hint}: give one of {', '.join(known)}, random:NAME or tiny:NAME of one, "
             "or a folder with config.json, safetensors weights and a tokenizer"
         )
     return folder
