@@ -12,6 +12,7 @@ SIZES = {
     "claims": ("about 0.4 GB", "2 GB"),
     "tests": ("about 0.4 GB", "2 GB"),
     "kernels": ("about 0.6 GB", "3 GB"),
+    "lm-eval": ("about 0.5 GB", "2.4 GB"),
     "types": ("about 0.4 GB", "2 GB"),
     "lint": ("about 12 MB", "60 MB"),
 }

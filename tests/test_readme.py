@@ -36,7 +36,7 @@ def test_library_example_runs() -> None:
 
 def test_cache_example_runs() -> None:
     printed: list[tuple[int, int]] = []
-    exec(block("python", "attach(model"), {"print": lambda *values: printed.append(values)})
+    exec(block("python", "LlamaForCausalLM"), {"print": lambda *values: printed.append(values)})
     ((tokens, stored),) = printed
     assert tokens == 400 + 19 - 128
     dense = 2 * 2 * 419 * 256 * 4

@@ -31,9 +31,27 @@ from turboquant.profiles import Profile
 from turboquant.profiles import profile as find_profile
 from turboquant_kernels.decode import attend_dense
 
-__all__ = ["attach", "detach", "turboquant_attention"]
+__all__ = ["Tally", "attach", "detach", "tally", "turboquant_attention"]
 
 _ATTACHED = "_turboquant"  # the model's attribute that holds what `detach` needs
+
+
+@dataclass
+class Tally:
+    """What the forwards of an attached model read, counted since `attach` for whoever takes its scores.
+
+    Attributes:
+        forwards: Forwards, but for compiled ones.
+        coded: Of these, forwards whose last position read codes.
+        raw: Forwards that read raw what belongs in codes, unless only their last position's logits were asked
+            for, as generate() does for the first token of an answer.
+        pooled: Forwards that chose outlier channels from several rows and were told of no padding.
+    """
+
+    forwards: int = 0
+    coded: int = 0
+    raw: int = 0
+    pooled: int = 0
 
 
 def attach(
@@ -51,8 +69,8 @@ def attach(
         prefill: "codes": in a forward of several tokens, query i reads token j raw if i - j < window or j is
             a sink, else from codes, whatever the chunking: for evaluations. "raw": as deployed, new tokens
             read one another raw, so that a single prefill measures the uncompressed model; the cache says so
-            (`TurboQuantCache.scored_from_raw_prefill`), and `turboquant.evals.guards.check_prefill` refuses
-            such scores.
+            (`TurboQuantCache.scored_from_raw_prefill`), and `turboquant.evals.guards` refuses such scores:
+            `check_prefill` by the cache, `check_attached` by the model, for harnesses that keep no cache.
         backend: "auto", "torch" or "gluon"; each cache's `backend` says which ran.
         seed: Picks rotations and sketches, instead of the profile's.
 
@@ -66,8 +84,13 @@ def attach(
     before = _implementations(model)
     model.set_attn_implementation(IMPLEMENTATION)
     decoder = _decoder(model)
-    hook = decoder.register_forward_pre_hook(_Hook(model.config, found, prefill, backend), with_kwargs=True)
-    vars(model)[_ATTACHED] = _Attachment(hook, before)
+    counter = _Counter()
+    hooks = (
+        decoder.register_forward_pre_hook(_Hook(model.config, found, prefill, backend), with_kwargs=True),
+        decoder.register_forward_hook(counter.read, with_kwargs=True),
+        model.register_forward_hook(counter.scored),
+    )
+    vars(model)[_ATTACHED] = _Attachment(hooks, before, counter.tally)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -79,8 +102,22 @@ def detach(model: PreTrainedModel) -> None:
     attachment = vars(model).pop(_ATTACHED, None)
     if attachment is None:
         return
-    attachment.hook.remove()
+    for hook in attachment.hooks:
+        hook.remove()
     model.set_attn_implementation(attachment.implementations)
+
+
+def tally(model: PreTrainedModel) -> Tally | None:
+    """What an attached model's forwards have read, for a check of scores whose caches nobody kept.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The counts since `attach`, or None if no cache of ours is attached.
+    """
+    attachment: _Attachment | None = vars(model).get(_ATTACHED)
+    return None if attachment is None else attachment.tally
 
 
 def turboquant_attention(
@@ -155,8 +192,49 @@ def turboquant_attention(
 class _Attachment:
     """What `detach` needs."""
 
-    hook: Any
+    hooks: tuple[Any, ...]
     implementations: str | dict[str, str]
+    tally: Tally
+
+
+class _Counter:
+    """Counts what forwards read. No harness gives a cache back, and many get none."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self._raw = False  # whether the last forward of the decoder was counted as raw
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a forward of the decoder."""
+        if torch.compiler.is_compiling():
+            return
+        given = _given(module, args, kwargs)
+        cache, tokens = _cache(given), _tokens(given)
+        self.tally.forwards += 1
+        self._raw = False
+        if not isinstance(cache, TurboQuantCache):
+            return
+        store = next(iter(cache.packed.values())).store
+        if tokens == 1:
+            # With a capacity, a decoding step does not wait for the device to tell its length.
+            self.tally.coded += isinstance(store.encoded, int) and _holds_codes(cache)
+            return
+        after = int(cache.get_seq_length())
+        self._raw = cache.scored_from_raw_prefill(after - tokens, after)
+        self.tally.raw += self._raw
+        self.tally.coded += not self._raw and _holds_codes(cache)
+        rows = next(given[name] for name in _INPUTS if given.get(name) is not None).shape[0]
+        untold = rows > 1 and given.get("attention_mask") is None
+        self.tally.pooled += untold and cache.data_dependent and after == tokens and _holds_codes(cache)
+
+    def scored(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a forward of the whole model."""
+        if torch.compiler.is_compiling():
+            return
+        logits = getattr(output, "logits", None)
+        if self._raw and isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[1] == 1:
+            self.tally.raw -= 1
+        self._raw = False
 
 
 @dataclass(frozen=True)
@@ -171,10 +249,9 @@ class _Hook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
+        given = _given(module, args, kwargs)
         name = cache_argument(module)
-        cache = next((given[n] for n in CACHE_NAMES if given.get(n) is not None), None)
+        cache = _cache(given)
         if isinstance(cache, StaticCache):
             raise ValueError(
                 "transformers' StaticCache is dense and cannot be compressed: pass no cache, or, for "
@@ -220,8 +297,26 @@ class _Hook:
             )
 
 
+_INPUTS = ("input_ids", "inputs_embeds")
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by name."""
+    given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
+    return given
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def _holds_codes(cache: TurboQuantCache) -> bool:
+    return any(cache.compressed_tokens(layer) for layer in cache.packed)
+
+
 def _tokens(given: dict[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds"):
+    for name in _INPUTS:
         if given.get(name) is not None:
             return int(given[name].shape[1])
     raise ValueError("give input_ids or inputs_embeds")

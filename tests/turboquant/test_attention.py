@@ -12,9 +12,9 @@ from tiny_models import MODELS, one_layer, prompt
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from turboquant.attention import attach, detach, turboquant_attention
+from turboquant.attention import attach, detach, tally, turboquant_attention
 from turboquant.cache import IMPLEMENTATION, TurboQuantCache, cache_argument
-from turboquant.evals.guards import GuardError, check_prefill
+from turboquant.evals.guards import GuardError, check_attached, check_prefill
 from turboquant.profiles import profile
 
 COARSE = profile("2", window=4)
@@ -122,6 +122,93 @@ class TestOnePrefill:
                 found.append(out.logits)
                 cache, start = out[NAME], start + count
         assert (torch.cat(found, dim=1) - whole).abs().max() < 1e-4
+
+
+class TestWhatAHarnessMeasured:
+    """It calls the model, takes logits or tokens, and keeps no cache that could be asked."""
+
+    def test_likelihoods_from_codes_are_evidence(self, llama: PreTrainedModel) -> None:
+        attach(llama, COARSE)
+        for kept in (False, None):
+            _ = llama(IDS, use_cache=kept).logits
+        llama.generate(IDS, max_new_tokens=3)
+        check_attached(llama)
+        counts = tally(llama)
+        assert counts is not None
+        assert (counts.forwards, counts.coded, counts.raw, counts.pooled) == (5, 5, 0, 0)
+
+    @pytest.mark.parametrize("keep", [0, 2])
+    def test_likelihoods_of_a_raw_prefill_are_not(self, llama: PreTrainedModel, keep: int) -> None:
+        attach(llama, COARSE, prefill="raw")
+        llama(IDS, logits_to_keep=keep)
+        with pytest.raises(GuardError, match=r"1 of 1 forwards scored a prefill that read raw"):
+            check_attached(llama)
+        llama.generate(IDS, max_new_tokens=3)
+        with pytest.raises(GuardError, match=r"1 of 4 forwards"):
+            check_attached(llama)
+        attach(llama, COARSE, prefill="raw")  # counts anew
+        llama.model(IDS)  # a harness with a head of its own
+        with pytest.raises(GuardError, match=r"1 of 1 forwards scored a prefill"):
+            check_attached(llama)
+
+    def test_a_first_token_after_a_raw_prefill_is_not_but_later_ones_are(
+        self, llama: PreTrainedModel
+    ) -> None:
+        attach(llama, COARSE, prefill="raw")
+        llama.generate(IDS, max_new_tokens=1)
+        with pytest.raises(GuardError, match="only first tokens after a raw prefill were scored"):
+            check_attached(llama)
+        llama.generate(IDS, max_new_tokens=2)
+        check_attached(llama)
+
+    def test_nothing_that_ran_elsewhere_is(self, llama: PreTrainedModel) -> None:
+        with pytest.raises(GuardError, match="no compressed cache is attached"):
+            check_attached(llama)
+        attach(llama, COARSE)
+        with pytest.raises(GuardError, match="no forward since it was attached"):
+            check_attached(llama)
+        llama(IDS)
+        check_attached(llama)
+        detach(llama)
+        assert not llama._forward_hooks
+        assert not llama.model._forward_hooks
+        with pytest.raises(GuardError, match="no compressed cache is attached"):
+            check_attached(llama)
+
+    def test_prompts_inside_the_window_are_not(self, llama: PreTrainedModel) -> None:
+        attach(llama, profile("1", window=40))
+        llama(IDS)
+        with pytest.raises(GuardError, match=r"none of 1 forwards .* inside the window"):
+            check_attached(llama)
+        llama.generate(IDS, max_new_tokens=2)  # the second step reads the first token from codes
+        check_attached(llama)
+
+    def test_a_cache_that_is_not_ours_is_not(self, llama: PreTrainedModel) -> None:
+        """Planted: a harness that fills a cache before the model is attached, and goes on with it."""
+        cache = llama(IDS)[NAME]
+        attach(llama, COARSE)
+        llama(IDS[:, :9], **{NAME: cache})
+        with pytest.raises(GuardError, match="none of 1 forwards read a token from codes"):
+            check_attached(llama)
+
+    def test_padding_that_nobody_told_of_chooses_no_outlier_channels(self, llama: PreTrainedModel) -> None:
+        """On the right, without a mask, as lm-eval pads: only choices by the data can depend on it."""
+        padded = torch.cat([IDS[:1], torch.zeros_like(IDS[:1])], dim=1)
+        longer = torch.cat([padded, prompt(1, 80, seed=1)])
+        for bits in ("2", "2.5-oblivious", "2.5"):
+            attach(llama, profile(bits, window=4))
+            alone = llama(IDS[:1]).logits
+            check_attached(llama)
+            together = llama(longer).logits[:1, :40]
+            if bits == "2.5":
+                assert (together - alone).abs().max() > 0.1
+                with pytest.raises(GuardError, match=r"1 of 2 forwards chose outlier channels"):
+                    check_attached(llama)
+                attach(llama, profile(bits, window=4))
+                llama(longer, attention_mask=torch.ones_like(longer))
+            else:
+                assert (together - alone).abs().max() < 1e-3
+            check_attached(llama)
 
 
 class TestAttach:

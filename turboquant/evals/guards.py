@@ -15,13 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from turboquant.attention import tally
 from turboquant.cache import TurboQuantCache
 from turboquant.theory import distortion, mse_upper_bound
 
 __all__ = [
     "GuardError",
     "Law",
+    "check_attached",
     "check_compressed",
     "check_differs",
     "check_growth",
@@ -229,6 +232,45 @@ def check_prefill(cache: TurboQuantCache, start: int = 0, stop: int | None = Non
         raise GuardError(
             f"tokens {start} to {end} were scored in a prefill that read raw keys and values: the scores "
             'are the uncompressed model\'s; attach with prefill="codes"'
+        )
+
+
+def check_attached(model: PreTrainedModel) -> None:
+    """What a harness made of a model since `attach` was read from codes: ask before taking its numbers.
+
+    Args:
+        model: The model that the harness ran.
+
+    Raises:
+        GuardError: None or only some of it was; or scores of a row depend on how the harness made batches.
+    """
+    counts = tally(model)
+    if counts is None:
+        raise GuardError(
+            "no compressed cache is attached to this model: its scores are the uncompressed model's; call "
+            "turboquant.attention.attach(model, ...) before the harness runs, and ask before detach(model)"
+        )
+    if not counts.forwards:
+        raise GuardError(
+            "this model has run no forward since it was attached: the scores are another model's; give the "
+            "harness this object, or attach to the model that it holds"
+        )
+    if counts.raw:
+        raise GuardError(
+            f"{counts.raw} of {counts.forwards} forwards scored a prefill that read raw keys and values: the "
+            'scores are the uncompressed model\'s; attach with prefill="codes"'
+        )
+    if not counts.coded:
+        raise GuardError(
+            f"none of {counts.forwards} forwards read a token from codes: all prompts lie inside the window "
+            '(attach a profile with a shorter one, as profile("4", window=0)), or only first tokens after a '
+            "raw prefill were scored"
+        )
+    if counts.pooled:
+        raise GuardError(
+            f"{counts.pooled} of {counts.forwards} forwards chose outlier channels from several rows without "
+            "an attention_mask: scores of a row depend on the others and on their padding; give the harness "
+            'batch_size=1, or attach a profile without outlier channels, as "3.5-oblivious"'
         )
 
 
