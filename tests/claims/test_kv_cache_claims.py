@@ -50,6 +50,7 @@ SMALL = {
     "text": Evaluation(
         kind="text", arms=("tq4", "tq2", "boundary tq2", "int4"), context=384, scored=16, segments=40
     ),
+    "first": Evaluation(kind="text", arms=("tq4",), first={"tq2": 2}, context=384, scored=16, segments=40),
     "same": Evaluation(kind="text", arms=("tq2",), context=384, scored=16, segments=40),
     "again": Evaluation(kind="text", arms=("tq4",), context=384, scored=16, segments=40, same_text=2),
     "attention": Evaluation(kind="attention", arms=("tq4", "tq2"), context=384, queries=8, segments=40),
@@ -119,6 +120,26 @@ def test_workers_share_a_cluster_and_claims_share_a_series(
     assert [records[0].segment for records in first[0]] == list(range(20))
     assert len({records[0].rotation_seed for records in first[0]}) == 20
     assert all(records[0].kl == 0 for records in again[1])
+
+
+def test_the_first_clusters_are_shared_with_arms_that_need_no_more(
+    measurements: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[int, tuple[str, ...]]] = []
+
+    def counted(*arguments: Any) -> list[Any]:
+        runs.append((arguments[-1].start, tuple(arguments[1])))
+        return measure(*arguments)
+
+    monkeypatch.setattr(kept, "measure", counted)
+    few = a_cell(tmp_path, 'evaluation = "first", better = "tq4", worse = "tq2"')
+    few = Cell(few.claim, few.spec.model_copy(update={"clusters": 2}), few.master_seed)
+    many = Cell(few.claim, few.spec.model_copy(update={"clusters": 4}), few.master_seed)
+    both = measurements.series(few, "tiny", "tq4", "tq2")
+    (more,) = measurements.series(many, "tiny", "tq4")
+    assert more[:2] == both[0]
+    together = (EXACT, "tq4", "tq2")
+    assert runs == [(0, together), (1, together), (2, together[:2]), (3, together[:2])]
 
 
 def test_another_arm_or_seed_is_measured_by_itself(measurements: Measurements, tmp_path: Path) -> None:

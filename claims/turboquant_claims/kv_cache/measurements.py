@@ -37,6 +37,7 @@ class Evaluation(BaseModel):
     Attributes:
         kind: Which function of `turboquant.evals` measures it.
         arms: Measured together; "exact", the baseline, is always among them.
+        first: Arms measured with them on the first clusters only: how many.
         context: Tokens of a prefix.
         model: Variant of the model.
         questions: For niah, the kind of haystack.
@@ -54,6 +55,7 @@ class Evaluation(BaseModel):
 
     kind: Literal["niah", "text", "attention"]
     arms: tuple[str, ...]
+    first: dict[str, int] = {}
     context: int
     model: str = ""
     questions: str = "single"
@@ -64,6 +66,10 @@ class Evaluation(BaseModel):
     queries: int = 0
     segments: int = 0
     same_text: int = 0
+
+    def arms_of(self, clusters: range) -> tuple[str, ...]:
+        """The arms that are measured together on some clusters."""
+        return (*self.arms, *(arm for arm, count in self.first.items() if clusters.start < count))
 
 
 @lru_cache(maxsize=1)
@@ -115,7 +121,6 @@ class Measurements:
             GuardError: An arm did not do what it was to do, with the reason.
         """
         wanted = evaluations()[cell["evaluation"]]
-        listed = wanted.arms if set(arms) <= {EXACT, *wanted.arms} else tuple(a for a in arms if a != EXACT)
         device = "cuda" if "gpu" in cell.claim.needs else "cpu"
         size = GPU_CHUNK if device == "cuda" else 1
         chunks = [range(i, min(i + size, cell.clusters)) for i in range(0, cell.clusters, size)]
@@ -123,6 +128,8 @@ class Measurements:
         # Workers that need the same series start at different ends, so that they share it.
         odd = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579"
         for chunk in reversed(chunks) if odd else chunks:
+            together = wanted.arms_of(chunk)
+            listed = together if set(arms) <= {EXACT, *together} else [a for a in arms if a != EXACT]
             found |= self._chunk(cell, wanted, (EXACT, *listed), model, device, chunk)
         return [
             [intact(record for record in found[i] if record.arm == arm) for i in range(cell.clusters)]
