@@ -20,6 +20,7 @@ ROOMS = (
     "statements.test_printed_figures",
     "statements.test_paper_tables",
     "statements.test_seed_methodology",
+    "statements.test_taleef7",
     "statements.test_true_or_false",
     "statements.test_accuracy_blog",
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from turboquant import needle
+from turboquant.evals.fidelity import Attention
 from turboquant.evals.guards import GuardError
 from turboquant.evals.perplexity import Segment
 from turboquant.evals.prefix import fill, forward, prefill
@@ -38,7 +42,7 @@ from turboquant_claims.kv_cache.measurements import (
     measure,
 )
 from turboquant_claims.kv_cache.subject import OURS, CacheUnderTest, subjects_of
-from turboquant_claims.ledger import Cell
+from turboquant_claims.ledger import Cell, load
 from turboquant_claims.verdicts import judge
 
 if TYPE_CHECKING:
@@ -281,6 +285,101 @@ def test_attention_is_paired_by_text(measurements: Measurements, tmp_path: Path)
     assert judge(swapped.claim, swapped.spec, found).verdict == "refuted"
 
 
+class Stand:
+    """Measurements that are given, by evaluation: for each arm one record a cluster."""
+
+    def __init__(self, **records: dict[str, list[Any]]) -> None:
+        self.records = records
+
+    def series(self, cell: Cell, _: str, *arms: str) -> list[list[list[Any]]]:
+        return [[[record] for record in self.records[cell["evaluation"]][arm]] for arm in arms]
+
+
+def heads(top1: float, top5: float = 1.0) -> Attention:
+    told = dict.fromkeys((field.name for field in fields(Attention)), None)
+    return Attention(**told | {"top1": (top1,), "top5": (top5,), "backend": "sdpa"})  # type: ignore[arg-type]
+
+
+def tokens(kept: int) -> Segment:
+    told = dict.fromkeys((field.name for field in fields(Segment)), None)
+    return Segment(**told | {"same_top": kept, "tokens": 100, "backend": "sdpa"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fault", "wrong"), [("top5", {1}), ("top1", {2, 3}), ("cosine", {1, 2, 3})])
+def test_another_definition_of_a_match_is_refuted(
+    fault: str, wrong: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = load().claims["seed-methodology-head-match"]
+    compare = test_attention.compare
+    for taken in ("", fault):
+        monkeypatch.setattr(
+            test_attention,
+            "compare",
+            lambda *given, taken=taken: {
+                name: found[taken or name] for found in [compare(*given)] for name in ("top1", "top5")
+            },
+        )
+        refuted = set()
+        for number, spec in enumerate(claim.cells):
+            record = Record()
+            test_attention.test_definition(Cell(claim, spec), record)
+            if judge(claim, spec, record.evidence).verdict == "refuted":
+                refuted.add(number)
+        assert refuted == (wrong if taken else set())
+
+
+@pytest.mark.parametrize(("top5", "verdict"), [(0.6, "supported"), (0.4, "refuted")])
+def test_top5_below_top1_is_refuted(top5: float, verdict: str) -> None:
+    claim = load().claims["seed-methodology-top5-lenient"]
+    found = run(
+        test_attention.test_top5_is_more_lenient,
+        Cell(claim, claim.cells[0]),
+        Stand(attention={"tq3": [heads(0.5, 0.9), heads(0.5, top5)]}),  # type: ignore[arg-type]
+    )
+    assert judge(claim, claim.cells[0], found.evidence).verdict == verdict
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(1, "supported"), (0, "refuted"), (-1, "refuted")])
+def test_heads_that_say_nothing_of_tokens_are_refuted(sign: int, verdict: str) -> None:
+    claim = load().claims["seed-methodology-top1-matters"]
+    (spec,) = claim.cells
+    arms = spec.at["caches"].split()  # type: ignore[union-attr]
+    draw = random.Random(0)
+    top1, kept = {}, {}
+    for number, arm in enumerate(arms):
+        noise = [draw.uniform(-1, 1) * (2 if sign else 9) for _ in range(28)]
+        kept[arm] = [tokens(60 + 3 * number) for _ in noise]
+        top1[arm] = [heads(0.5 + 0.02 * (sign * number + x)) for x in noise]
+    found = run(
+        test_attention.test_heads_rank_as_next_tokens, Cell(claim, spec), Stand(heads=top1, mechanisms=kept)
+    )  # type: ignore[arg-type]
+    assert judge(claim, spec, found.evidence).verdict == verdict
+
+
+@pytest.mark.parametrize(("bits", "verdict"), [(8, "supported"), (2, "refuted")])
+def test_weights_that_change_attention_are_refuted(
+    bits: int, verdict: str, tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rounding of 4-bit weights, at other widths."""
+    model = copy.deepcopy(tiny[0])
+    before = model.model.layers[0].self_attn.k_proj.weight.clone()
+    models.round_weights(model, bits)
+    after = model.model.layers[0].self_attn.k_proj.weight
+    assert all(len(row.unique()) <= 2**bits for row in after)
+    assert (after - before).abs().max() <= before.abs().max() / (2 ** (bits - 1) - 1) / 2 + 1e-6
+    monkeypatch.setattr(models, "load", lambda _, variant, __: (model, tiny[1]) if variant else tiny)
+    both = {
+        "attention": SMALL["attention"],
+        "rounded": SMALL["attention"].model_copy(update={"model": "rounded"}),
+    }
+    monkeypatch.setattr(kept, "evaluations", lambda: both)
+    values = "accept = [-0.002, 0.002], expected = 0.0, sd = 0.0005"
+    at = 'evaluation = "rounded", against = "attention", arm = "tq2", measure = "cosine"'
+    cell = a_cell(tmp_path, at, kind="unbiased", values=values)
+    found = run(test_attention.test_rounded_weights, cell, Measurements(tmp_path))
+    assert judge(cell.claim, cell.spec, found.evidence).verdict == verdict
+
+
 # On the shipped model, and as a run
 
 
@@ -304,6 +403,14 @@ def test_retrieval_by_an_honest_and_by_a_coarse_cache(on_needle: Measurements, t
         assert record.notes["retrieved"][EXACT] == 1
         assert 0 < record.notes["compressed_share"][subject.arm(4)] < 1
     assert verdicts == {"Honest": "supported", "Coarse": "refuted"}
+    values = "accept = [0, 0.5], expected = 0.0, n = 20"
+    cell = a_cell(tmp_path, 'evaluation = "niah", bits = 4.0', kind="bound", values=values)
+    for name in ("Honest", "Coarse"):  # a test of one haystack is passed by the one, and tells the other
+        record = Record()
+        subject = CacheUnderTest(name, f"faulty_caches:{name}")
+        test_retrieval.test_passes_of_one_haystack(cell, subject, "needle", record, on_needle)
+        verdicts[name] = judge(cell.claim, cell.spec, record.evidence).verdict
+    assert verdicts == {"Honest": "refuted", "Coarse": "supported"}
 
 
 RUN = """

@@ -39,6 +39,7 @@ class Evaluation(BaseModel):
         arms: Measured together; "exact", the baseline, is always among them.
         first: Arms measured with them on the first clusters only: how many.
         context: Tokens of a prefix.
+        texts: The kind whose texts and rotations it reads, if not its own's.
         model: Variant of the model.
         questions: For niah, the kind of haystack.
         needles: For niah, in each haystack.
@@ -57,6 +58,7 @@ class Evaluation(BaseModel):
     arms: tuple[str, ...]
     first: dict[str, int] = {}
     context: int
+    texts: Literal["", "niah", "text", "attention"] = ""
     model: str = ""
     questions: str = "single"
     needles: int = 1
@@ -99,7 +101,7 @@ class Others:
 class Measurements:
     """Records of evaluations, kept in a folder that all workers of the session see.
 
-    All claims on an evaluation share its clusters: seeds come from the master seed, the kind of evaluation
+    All claims on an evaluation share its clusters: seeds come from the master seed, the kind of its texts
     and the cluster alone. Each cluster has a text and rotations of its own.
 
     Args:
@@ -146,7 +148,7 @@ class Measurements:
         chunk: range,
     ) -> dict[int, list[Any]]:
         """Records of some clusters: from the session's folder, or measured now."""
-        seed = seed63(cell.master_seed, "kv-cache", wanted.kind)
+        seed = seed63(cell.master_seed, "kv-cache", wanted.texts or wanted.kind)
         told = json.dumps([wanted.model_dump(), arms, model, device, seed, chunk.start, chunk.stop])
         path = self.folder / hashlib.sha256(told.encode()).hexdigest()[:32]
         with FileLock(f"{path}.lock"):
@@ -215,6 +217,12 @@ def measure(
     else:
         found = fidelity(loaded, tokenizer, made, segments=wanted.segments, queries=wanted.queries, **common)
     return list(found)
+
+
+def elsewhere(cell: Cell, evaluation: str) -> Cell:
+    """The cell with its parameter `evaluation` changed: the same clusters, measured otherwise."""
+    at = cell.at | {"evaluation": evaluation}
+    return Cell(cell.claim, cell.spec.model_copy(update={"at": at}), cell.master_seed)
 
 
 def number(figure: float | None) -> float:

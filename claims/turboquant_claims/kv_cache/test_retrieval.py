@@ -95,3 +95,15 @@ def test_lost_by_a_named_arm(cell: Cell, model: str, record: Record, measurement
     exact, found = trials(measurements, cell, model, EXACT, cell["arm"])
     record.trials(*lost(exact, found))
     keep(record, cell, **{EXACT: exact, cell["arm"]: found})
+
+
+@claim("seed-true-or-false-pass-tells")
+def test_passes_of_one_haystack(
+    cell: Cell, subject: CacheUnderTest, model: str, record: Record, measurements: Measurements
+) -> None:
+    """Share of tests that pass, each of one haystack that the uncompressed model answers."""
+    arm = subject.arm(cell["bits"])
+    exact, ours = trials(measurements, cell, model, EXACT, arm)
+    failed, right = lost(exact, ours)
+    record.trials(right - failed, right)
+    keep(record, cell, **{EXACT: exact, arm: ours})

@@ -20,6 +20,7 @@ from turboquant_claims.statements.printed import extreme, numbers
     "seed-true-or-false-index-time",
     "seed-taleef7-niah-1-39pp",
     "seed-taleef7-throughput-target",
+    "seed-taleef7-paper-near-lossless",
 )
 def test_ratio(cell: Cell, record: Record) -> None:
     """Sums of figures over each other: "55.6 2.0" over "55.6 0.3125"."""

@@ -1,4 +1,4 @@
-"""Can the methodology document's example output have come from its evaluation?"""
+"""Can the methodology document's example come from its evaluation, and does it say one thing of itself?"""
 
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
@@ -14,3 +14,10 @@ def test_share_of_heads(cell: Cell, record: Record) -> None:
         hits = round(cell["printed"] / 100 * heads)
         readings[f"{hits} of {heads} ({kind})"] = round(100 * hits / heads, 1)
     record.readings(readings)
+
+
+@claim("seed-methodology-compresses-in-generation")
+def test_answers_in_the_document(cell: Cell, record: Record) -> None:
+    """What each place of the document says: 1 where it says yes, 0 where it says no."""
+    answers = {"says_yes": 1, "says_no": 0}
+    record.readings({place: said for name, said in answers.items() for place in cell[name].split("; ")})

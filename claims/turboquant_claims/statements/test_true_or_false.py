@@ -1,4 +1,4 @@
-"""Is a distortion measured on a real cache one that TurboQuant can leave?"""
+"""Is a distortion measured on a real cache one that TurboQuant can leave, and are all results shown?"""
 
 from turboquant.theory import distortion
 from turboquant_claims import claim
@@ -12,3 +12,9 @@ def test_energy_in_the_finer_channels(cell: Cell, record: Record) -> None:
     coarse, fine = distortion(cell["coarse_bits"], cell["dim"]), distortion(cell["fine_bits"], cell["dim"])
     record.figure((coarse - cell["distortion"]) / (coarse - fine))
     record.note(half_and_half=(coarse + fine) / 2)
+
+
+@claim("seed-true-or-false-pass-count")
+def test_results_shown(cell: Cell, record: Record) -> None:
+    """How many results the summary table names, and how many the sections."""
+    record.readings({place: len(cell[place].split("; ")) for place in ("table", "sections")})
