@@ -52,6 +52,7 @@ def test_queries_of_full_attention_layers_are_observed(name):
     ids = prompt(1, 80)
     prefix = prefill(model, ids[:, :70])
     seen = observe(model, prefix, ids[:, 70:])
+    assert {layer.get_seq_length() for layer in prefix.cache.layers if hasattr(layer, "keys")} == {70}
     assert sorted(seen) == sorted(prefix.layers)
     for given in seen.values():
         assert given.queries.shape[2] == 10

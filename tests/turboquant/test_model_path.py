@@ -7,14 +7,22 @@ import hashlib
 import json
 
 import pytest
+from evals_material import TEXT
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from turboquant.evals import fidelity, generation, niah, perplexity
+from turboquant.evals.arms import arms
+from turboquant.evals.niah import tokens
+from turboquant.evals.prefix import prefill
 from turboquant.memory import kv_layers, read_config
 from turboquant.models import find, models
+from turboquant.models.load import load_model
 from turboquant.models.tiny import MARK, WINDOW, write_checkpoint
+from turboquant.needle import tasks
 
 NAMES = list(models())
+DIGITS_JOINED = ("needle", "llama-3.1-8b", "ministral-8b")
 UTF_8 = (
     "\n\nHéllo  wörld — 漢字 🎉 \x00\t{'a': [1, 2]}  123456\r\nThe secret code of river stone is 042917.\n"
 )
@@ -130,3 +138,57 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint("phi-2", tmp_path / "new")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Texts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_question_and_its_answer_are_cut_as_one_text(checkpoint, name):
+    """Pieces of an answer encoded by themselves are tokens that no model would emit."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(name), local_files_only=True)
+
+    def encode(text):
+        return tokens(tokenizer, text)
+
+    names, codes = ["river stone", "amber fox"], ["042917", "138604"]
+    question, answer, spans = tasks.ask(encode, names, codes)
+    text = tasks.question_text(names) + " 042917, 138604"
+    assert question + answer == encode(text)
+    assert tokenizer.decode(question + answer) == text
+    assert [tokenizer.decode(answer[a:b]).strip() for a, b in spans] == codes
+    for (a, b), one, code in zip(spans, names, codes, strict=True):
+        sentence = encode(tasks.needle_text(one, code))
+        places = range(len(sentence) - (b - a) + 1)
+        assert any(sentence[i : i + b - a] == answer[a:b] for i in places), "the needle's tokens answer it"
+    apart = [token for piece, _ in tasks.answer_pieces(codes) for token in encode(piece)]
+    assert (apart != answer) == (name in ("phi-2", "llama-2-7b", "mistral-7b", *DIGITS_JOINED))
+
+
+@pytest.mark.parametrize("name", ["gemma-2-9b", "qwen3-8b"])
+def test_every_prefix_starts_as_the_tokenizer_starts_a_text(checkpoint, name, monkeypatch):
+    """Most models fail on a text without their first token; others know none."""
+    model, tokenizer = load_model(str(checkpoint(name)))
+    bos = tokenizer.bos_token_id
+    first = []
+
+    def seen(model, ids, **changes):
+        first.extend(int(row[0]) for row in ids)
+        assert all(bos is None or list(row).count(bos) == 1 for row in ids)
+        assert {len(row) for row in ids} == {200}
+        return prefill(model, ids, **changes)
+
+    told = {"context": 200, "text": TEXT, "seed": 2}
+    chosen = arms(["tq4"], window=16)
+    for evaluation, settings in (
+        (niah.niah, {"trials": 1}),
+        (perplexity.perplexity, {"segments": 1, "scored": 8}),
+        (fidelity.fidelity, {"segments": 1, "queries": 4}),
+        (generation.generation, {"segments": 1, "new_tokens": 2}),
+        (generation.multi_turn, {"trials": 1, "turns": 1}),
+    ):
+        monkeypatch.setattr(f"{evaluation.__module__}.prefill", seen)
+        records = list(evaluation(model, tokenizer, chosen, **told, **settings))
+        assert [record.broken for record in records] == [None] * len(records)
+    assert len(first) == 5
+    assert (set(first) == {bos}) == (name == "gemma-2-9b")

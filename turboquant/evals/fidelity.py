@@ -7,6 +7,7 @@ layer is measured by itself, without the errors of those below it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from turboquant.attention import turboquant_attention
 from turboquant.cache import plain_cache
 from turboquant.evals.arms import Arm
 from turboquant.evals.guards import check_compressed, check_queries
-from turboquant.evals.niah import text_ids
+from turboquant.evals.niah import opening, text_ids
 from turboquant.evals.perplexity import segment_rows
 from turboquant.evals.prefix import (
     Broken,
@@ -136,7 +137,8 @@ def fidelity(
         GuardError: A query that was captured is a key.
         ValueError: If the text is too short, or the context too long for the model.
     """
-    rows = segment_rows(text_ids(tokenizer, text), context + queries, segments, apart=queries, seed=seed)
+    ids, head = text_ids(tokenizer, text), opening(tokenizer)
+    rows = segment_rows(ids, context + queries, segments, apart=queries, seed=seed, head=head)
     layers = [i for i, x in enumerate(plain_cache(model.config).layers) if type(x) is DynamicLayer]
     wanted = [(layer, arm.name) for layer in layers for arm in arms]
     left = [i for i in range(segments) if any((context, i, *one) not in done for one in wanted)]
@@ -182,6 +184,7 @@ def observe(model: Any, prefix: Prefix, suffix: Tensor) -> dict[int, Observed]:
         GuardError: A query equals a key to the bit.
     """
     held = prefix.layers
+    others = {i: copy.deepcopy(x) for i, x in enumerate(prefix.cache.layers) if i not in held}
     seen: dict[int, Observed] = {}
     with _observer(model) as given:
         forward(model, prefix.cache, suffix)
@@ -190,6 +193,8 @@ def observe(model: Any, prefix: Prefix, suffix: Tensor) -> dict[int, Observed]:
         check_queries(seen[layer].queries, seen[layer].keys)
         cut: Any = prefix.cache.layers[layer]
         cut.keys, cut.values = keys, values
+    for layer, state in others.items():  # sliding and linear ones cannot be cut
+        prefix.cache.layers[layer] = state
     return seen
 
 

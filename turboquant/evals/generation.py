@@ -25,7 +25,7 @@ from turboquant.evals.guards import (
     check_growth,
     check_needles,
 )
-from turboquant.evals.niah import text_ids, tokens
+from turboquant.evals.niah import head_ids, opening, text_ids, tokens
 from turboquant.evals.perplexity import segment_rows
 from turboquant.evals.prefix import (
     Broken,
@@ -143,7 +143,8 @@ def generation(
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, not {new_tokens}")
     check_length(model, context + new_tokens)
-    rows = segment_rows(text_ids(tokenizer, text), context + 2, segments, apart=1, seed=seed)
+    ids, head = text_ids(tokenizer, text), opening(tokenizer)
+    rows = segment_rows(ids, context + 2, segments, apart=1, seed=seed, head=head)
     left = [i for i in range(segments) if any((context, i, arm.name) not in done for arm in arms)]
     size = batch or batch_rows(model, context)
     for first in range(0, len(left), size):
@@ -206,7 +207,7 @@ def multi_turn(
     if trials < 1 or turns < 1:
         raise ValueError(f"trials and turns must be at least 1, not {trials} and {turns}")
     ids = text_ids(tokenizer, text)
-    sinks = max(arm.sinks for arm in arms)
+    head = head_ids(tokenizer, ids, max(arm.sinks for arm in arms))
     for trial in range(trials):
         if all((context, trial, turn, arm.name) in done for turn in range(turns) for arm in arms):
             continue
@@ -214,15 +215,15 @@ def multi_turn(
             "multi-query",
             text=ids,
             encode=lambda piece: tokens(tokenizer, piece),
-            length=context - sinks,
+            length=context - len(head),
             seed=seed,
             index=trial,
             needles=turns,
             asked=turns,
             window=max(arm.window for arm in arms),
         )
-        spans = [(a + sinks, b + sinks) for a, b in stack.needles]
-        whole = torch.cat([ids[:sinks], stack.prefix])
+        spans = [(a + len(head), b + len(head)) for a, b in stack.needles]
+        whole = torch.cat([head, stack.prefix])
         asked = [_question(tokenizer, whole[a:b]) for a, b in spans]
         check_length(model, context + sum(len(q) + len(a) for q, a in asked))
         prefix = prefill(model, whole[None])
@@ -410,8 +411,8 @@ def _question(tokenizer: Any, sentence: Tensor) -> tuple[list[int], list[int]]:
         raise ValueError(
             "this tokenizer does not give back the needle that it was given: no question can be asked"
         )
-    answer = "".join(piece for piece, _ in tasks.answer_pieces([stated[2]]))
-    return tokens(tokenizer, tasks.question_text([stated[1]])), tokens(tokenizer, answer)
+    question, answer, _ = tasks.ask(lambda text: tokens(tokenizer, text), [stated[1]], [stated[2]])
+    return question, answer
 
 
 def _baseline_first(arms: Sequence[Arm]) -> list[Arm]:

@@ -84,7 +84,8 @@ def niah(
         model: A transformers causal language model, in evaluation mode.
         tokenizer: Its tokenizer.
         arms: The arms, "exact" among them.
-        context: Tokens of the haystack, which all are in the cache when the question comes.
+        context: Tokens of the haystack, which all are in the cache when the question comes; the tokenizer's
+            first token of every text counts.
         trials: Haystacks; each is a cluster.
         kind: One of `turboquant.needle.tasks.KINDS`.
         needles: Needles in a haystack.
@@ -107,6 +108,7 @@ def niah(
     window = max(arm.window for arm in arms)
     sinks = max(arm.sinks for arm in arms)
     ids = text_ids(tokenizer, text)
+    head = head_ids(tokenizer, ids, sinks)
     left = [
         i for i in range(trials) if any((kind, context, needles, i, arm.name) not in done for arm in arms)
     ]
@@ -118,7 +120,7 @@ def niah(
                 kind,
                 text=ids,
                 encode=lambda piece: tokens(tokenizer, piece),
-                length=context - sinks,
+                length=context - len(head),
                 seed=seed,
                 index=i,
                 needles=needles,
@@ -128,7 +130,7 @@ def niah(
             for i in chosen
         ]
         about = {"kind": kind, "context": context, "needles": needles}
-        for record in _batch(model, arms, stacks, chosen, ids[:sinks], about, depths, rotation_seed):
+        for record in _batch(model, arms, stacks, chosen, head, about, depths, rotation_seed):
             if record.key not in done:
                 yield record
 
@@ -136,6 +138,19 @@ def niah(
 def text_ids(tokenizer: Any, text: str | None) -> Tensor:
     """Token ids of a text, (n,) int64; None for Python's help topics."""
     return _text_ids(tokenizer, tasks.evaluation_text() if text is None else text)
+
+
+def opening(tokenizer: Any) -> Tensor:
+    """Ids that a tokenizer puts before every text, (n,) int64: most models fail on a text without them."""
+    whole, bare = tokenizer.encode("a"), tokens(tokenizer, "a")
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return torch.tensor(whole[: next(starts, 0)], dtype=torch.int64)
+
+
+def head_ids(tokenizer: Any, ids: Tensor, sinks: int) -> Tensor:
+    """What stands before the haystack, outside of it: the tokenizer's first ids, and text for other sinks."""
+    first = opening(tokenizer)
+    return torch.cat([first, ids])[: max(sinks, len(first))]
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:

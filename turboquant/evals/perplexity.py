@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboquant.evals.arms import Arm
-from turboquant.evals.niah import text_ids
+from turboquant.evals.niah import opening, text_ids
 from turboquant.evals.prefix import Scored, batch_rows, each_arm, prefill
 from turboquant.evals.records import MeasuredCache, measured
 
@@ -102,7 +102,8 @@ def perplexity(
         ValueError: If the text is too short for so many segments, or the context too long for the model.
     """
     ids = text_ids(tokenizer, text)
-    rows = segment_rows(ids, context + scored + 1, segments, apart=scored, seed=seed)
+    head = opening(tokenizer)
+    rows = segment_rows(ids, context + scored + 1, segments, apart=scored, seed=seed, head=head)
     left = [i for i in range(segments) if any((context, i, arm.name) not in done for arm in arms)]
     size = batch or batch_rows(model, context)
     for first in range(0, len(left), size):
@@ -122,7 +123,9 @@ def perplexity(
                     yield record
 
 
-def segment_rows(ids: Tensor, length: int, count: int, *, apart: int, seed: int) -> list[Tensor]:
+def segment_rows(
+    ids: Tensor, length: int, count: int, *, apart: int, seed: int, head: Tensor | None = None
+) -> list[Tensor]:
     """Stretches of a text, spread evenly.
 
     Args:
@@ -131,6 +134,7 @@ def segment_rows(ids: Tensor, length: int, count: int, *, apart: int, seed: int)
         count: How many.
         apart: Tokens at least from one start to the next.
         seed: Shifts them all.
+        head: Ids that each starts with, which count; None for none.
 
     Returns:
         `count` tensors (length,).
@@ -143,6 +147,8 @@ def segment_rows(ids: Tensor, length: int, count: int, *, apart: int, seed: int)
             f"segments need a context and scored tokens, and at least 1 of them: not {length - 1 - apart}, "
             f"{apart} and {count}"
         )
+    first = ids[:0] if head is None else head
+    length -= len(first)
     room = len(ids) - length + 1
     if room < count * apart:
         raise ValueError(
@@ -151,7 +157,8 @@ def segment_rows(ids: Tensor, length: int, count: int, *, apart: int, seed: int)
         )
     stride = room // count
     shift = random.Random(f"segments {seed}").randrange(stride)
-    return [ids[shift + i * stride : shift + i * stride + length] for i in range(count)]
+    starts = [shift + i * stride for i in range(count)]
+    return [torch.cat([first, ids[start : start + length]]) for start in starts]
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(("nll", "kl", "kl_max", "same_top"))

@@ -253,7 +253,11 @@ def _tokenizer(words: _Words) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - UNUSED, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    sentences = [tasks.needle_text(word, "") for word in tasks.WORDS]
+    # SentencePiece's vocabularies have no piece of several digits; GPT-2's have, with the space before them.
+    digits = words.spaces == "bytes"
+    sentences = [
+        tasks.needle_text(word, f"{7919 * i:06d}" if digits else "") for i, word in enumerate(tasks.WORDS)
+    ]
     tokenizer.train_from_iterator([*sentences, tasks.question_text(["this", "that"])], trainer)
     if words.spaces != "bytes":
         tokenizer = _as_sentencepiece(tokenizer, words.spaces == "before")

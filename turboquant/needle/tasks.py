@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KINDS", "WORDS", "Haystack", "evaluation_text", "haystack", "needle_text", "question_text"]
+__all__ = [
+    "KINDS",
+    "WORDS",
+    "Haystack",
+    "ask",
+    "evaluation_text",
+    "haystack",
+    "needle_text",
+    "question_text",
+]
 
 KINDS = ("single", "multi-key", "multi-value", "multi-query")
 DIGITS = 6
@@ -115,6 +124,44 @@ def answer_pieces(codes: Sequence[str]) -> list[tuple[str, bool]]:
     return pieces
 
 
+def ask(
+    encode: Callable[[str], Sequence[int]], names: Sequence[str], codes: Sequence[str], *, every: bool = False
+) -> tuple[list[int], list[int], tuple[tuple[int, int], ...]]:
+    """Return a question and its answer as a tokenizer cuts the two in one text.
+
+    Pieces encoded one by one are not what a model reads or writes: some tokenizers begin each with a space,
+    others join a space and the digits after it in one token.
+
+    Args:
+        encode: the tokenizer's, without special tokens: text to ids.
+        names: as `question_text` takes them.
+        codes: the answer's, in order.
+        every: as `question_text` takes it.
+
+    Returns:
+        The question's ids, the answer's, and for every code its first and one past its last position in the
+        answer.
+    """
+    question = question_text(names, every=every)
+    pieces = answer_pieces(codes)
+    whole = list(encode(question + "".join(piece for piece, _ in pieces)))
+    start = _shared(encode(question), whole)
+    spans, text = [], question
+    for piece, is_code in pieces:
+        if is_code:
+            through = encode(text + piece)
+            stop = _shared(through, whole)
+            # A token that the code shares with what follows belongs to the code.
+            spans.append((_shared(encode(text), whole) - start, stop + (stop < len(through)) - start))
+        text += piece
+    return whole[:start], whole[start:], tuple(spans)
+
+
+def _shared(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many first ids are the same."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(ids))
+
+
 def haystack(
     kind: str,
     *,
@@ -200,19 +247,13 @@ def haystack(
         at += len(sentences[i])
         done = cuts[i]
     pieces.append(stretch[done:])
-    answer: list[int] = []
-    values: list[tuple[int, int]] = []
-    for piece, is_code in answer_pieces(codes[:count]):
-        ids = encode(piece)
-        if is_code:
-            values.append((len(answer), len(answer) + len(ids)))
-        answer += ids
+    question, answer, values = ask(encode, names[:1] if every else names[:count], codes[:count], every=every)
     return Haystack(
         kind=kind,
         prefix=torch.cat(pieces),
-        question=torch.tensor(encode(question_text(names[:1] if every else names[:count], every=every))),
+        question=torch.tensor(question),
         answer=torch.tensor(answer),
-        values=tuple(values),
+        values=values,
         needles=tuple(spans[i] for i in range(count)),
     )
 
