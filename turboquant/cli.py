@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +21,13 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from turboquant import subjects, theory
 from turboquant.codebook import codebook as make_codebook
 from turboquant.evals import commands, retrieval
+from turboquant.memory import RESERVE, cache_memory, longest_context, read_config
+from turboquant.models import models
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, quantizer_of
 
 __all__ = ["app"]
@@ -97,30 +102,37 @@ def decode(
     _out.print(f"{vectors}: float32 {tuple(x.shape)}", highlight=False)
 
 
-@app.command(epilog="Example: turboquant memory needle --contexts 8192,32768 --profile 3.5 --profile 2.5")
+@app.command(epilog="Example: turboquant memory llama-3.1-8b --contexts 32768,131072 --cards 24,80,141")
 def memory(
-    model: Annotated[str, typer.Argument(help="needle, a model's folder, or its config.json.")] = "needle",
+    model: Annotated[
+        str, typer.Argument(help="A name of `turboquant models list`, a model's folder, or its config.json.")
+    ] = "needle",
     *,
     profile: Annotated[list[str], typer.Option(help="Profile of the cache (repeatable).")] = ["3.5"],  # noqa: B006
     contexts: Annotated[str, typer.Option(help="Tokens of a row, separated by commas.")] = "32768",
     batches: Annotated[str, typer.Option(help="Rows, separated by commas.")] = "1",
     weight_bits: Annotated[float, typer.Option(help="Bits of a weight; 0 leaves the weights out.")] = 16.0,
+    cards: Annotated[
+        str, typer.Option(help="GB of cards, separated by commas, to show the longest context that fits.")
+    ] = "",
+    reserve: Annotated[
+        float, typer.Option(min=0, help="GB of a card for what is neither weights nor cache.")
+    ] = RESERVE,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line instead of a table.")
     ] = False,
 ) -> None:
-    """Show what a model's cache takes, compressed and not, alone and with the weights."""
-    from turboquant import needle
-    from turboquant.memory import cache_memory, read_config
-
+    """Show what a model's cache takes, compressed and not, alone and with the weights; and how much fits."""
     names = ("nominal", "effective", "stored")
     table = Table(
         "profile", "context", "batch", "bits: nominal", "effective", "stored", "cache MiB", "stored MiB"
     )
     for heading in ("cache ratio", "model MiB", "with stored", "total ratio"):
         table.add_column(heading)
+    rows = []
     with _errors():
-        config = needle.config() if model == "needle" else read_config(model)
+        sizes = _gigabytes(cards)
+        config = _architecture(model)
         for name, context, batch in itertools.product(profile, _counts(contexts), _counts(batches)):
             found = cache_memory(config, name, context=context, batch=batch, weight_bits=weight_bits or None)
             if as_json:
@@ -128,18 +140,53 @@ def memory(
                 told |= {f"{count}_bits": found.bits(count) for count in names}
                 print(json.dumps(told | {"cache_ratio": found.ratio(), "total_ratio": found.total_ratio}))
                 continue
-            sizes = (found.raw + found.other, found.stored + found.other, found.before, found.after)
-            whole, stored, before, after = (f"{size / 2**20:,.1f}" for size in sizes)
+            counted = (found.raw + found.other, found.stored + found.other, found.before, found.after)
+            whole, stored, before, after = (f"{size / 2**20:,.1f}" for size in counted)
             bits = [f"{found.bits(count):.3f}" for count in names]
             ratios = f"{found.ratio():.2f}", f"{found.total_ratio:.2f}"
             table.add_row(
                 name, f"{context:,}", str(batch), *bits, whole, stored, ratios[0], before, after, ratios[1]
             )
-    if not as_json:
-        _out.print(table)
+        for size, batch in itertools.product(sizes, _counts(batches)):
+            fits = partial(
+                longest_context, config, memory=1e9 * (size - reserve), batch=batch, weight_bits=weight_bits
+            )
+            raw = fits(None)
+            rows += [(size, batch, name, raw, fits(name)) for name in profile]
+    if as_json:
+        keys = ("card_gb", "batch", "profile", "longest_uncompressed", "longest")
+        for row in rows:
+            print(json.dumps(dict(zip(keys, row, strict=True)) | {"reserve_gb": reserve}))
+        return
+    _out.print(table)
+    _out.print("Bits and cache ratio are of the full-attention layers; 16 is uncompressed.", highlight=False)
+    if rows:
+        fitting = Table("card GB", "batch", "profile", "longest context: uncompressed", "compressed", "times")
+        for size, batch, name, raw, longest in rows:
+            times = f"{longest / raw:.2f}" if raw else ""
+            fitting.add_row(f"{size:g}", str(batch), name, f"{raw:,}", f"{longest:,}", times)
+        _out.print(fitting)
+        trained = config.get_text_config(decoder=True).max_position_embeddings
         _out.print(
-            "Bits and cache ratio are of the full-attention layers; 16 is uncompressed.", highlight=False
+            f"Tokens beside weights of {weight_bits:g} bits, with {reserve:g} GB left for all else; the "
+            f"model is configured for {trained:,}. A GB is 10^9 bytes.",
+            highlight=False,
         )
+
+
+def _architecture(model: str) -> PretrainedConfig:
+    """The configuration of a registered model, or of a path."""
+    known = models()
+    if model in known:
+        return known[model].make_config()
+    if not Path(model).exists():
+        near = difflib.get_close_matches(model.lower(), known, n=3)
+        hint = f", did you mean {' or '.join(near)}" if near else ""
+        raise ValueError(
+            f"{model}: no registered model{hint}, and no readable config.json; give one of "
+            f"{', '.join(known)}, a model's folder, or its config.json"
+        )
+    return read_config(model)
 
 
 @app.command("subjects", epilog="Example: turboquant subjects")
@@ -176,6 +223,17 @@ def _counts(text: str) -> list[int]:
     if min(counts) < 1:
         raise ValueError(f"{text!r} must be whole numbers of at least 1, separated by commas: 8192,32768")
     return counts
+
+
+def _gigabytes(text: str) -> list[float]:
+    """Sizes above 0, separated by commas; none of an empty text."""
+    try:
+        sizes = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        sizes = [0.0]
+    if sizes and not 0 < min(sizes) <= max(sizes) < float("inf"):
+        raise ValueError(f"cards must be GB above 0, separated by commas, such as 24,80,141, not {text!r}")
+    return sizes
 
 
 def _read(path: Path) -> Tensor:

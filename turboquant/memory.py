@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BF16_BITS",
+    "CARDS",
     "GIB",
+    "RESERVE",
     "CacheMemory",
     "KvLayer",
     "cache_bytes",
     "cache_memory",
     "compression",
     "kv_layers",
+    "longest_context",
     "mean_bits",
     "parameters",
     "read_config",
@@ -298,7 +302,7 @@ def cache_memory(
         raise ValueError(f"context and batch must be at least 1, not {context} and {batch}")
     found = profiles.profile(profile)
     layers = kv_layers(config)
-    full = [layer for layer in layers if layer.window is None]
+    full = _full(layers, config)
     if found.protected_first + found.protected_last >= len(full):
         raise ValueError(
             f"profile {found.name!r} protects the first {found.protected_first} and last "
@@ -309,13 +313,16 @@ def cache_memory(
     raw = int(cache_bytes(full, context, batch=batch))
     nominal = effective = stored = 0.0
     used: list[VectorCodec] = []
+    alike: dict[Any, tuple[float, float, float]] = {}
     for number, (layer, bits) in enumerate(zip(full, _bits(found, config), strict=True)):
         if not found.protected_first <= number < len(full) - found.protected_last:
             counted = (cache_bytes([layer], context, batch=batch),) * 3
         else:
             codecs = _codecs(found, bits, layer.head_dim, number)
-            counted = _compressed_bytes(found, codecs, layer, context, batch)
             used += codecs
+            if (layer, bits) not in alike:  # rotations differ between layers, sizes do not
+                alike[layer, bits] = _compressed_bytes(found, codecs, layer, context, batch)
+            counted = alike[layer, bits]
         nominal, effective, stored = (
             total + part for total, part in zip((nominal, effective, stored), counted, strict=True)
         )
@@ -334,12 +341,77 @@ def cache_memory(
     )
 
 
+CARDS = (24.0, 48.0, 80.0, 96.0, 141.0)
+"""Memory of common cards in GB of 10^9 bytes, as they are sold."""
+
+RESERVE = 2.0
+"""GB of a card for what is neither weights nor cache: activations, the CUDA context, kernels' workspace."""
+
+
+def longest_context(
+    config: PretrainedConfig,
+    profile: str | Profile | None,
+    *,
+    memory: float,
+    batch: int = 1,
+    weight_bits: float = BF16_BITS,
+) -> int:
+    """Most tokens of each row whose cache fits into memory beside the weights.
+
+    Args:
+        config: Of the model; how long a context it was trained on does not matter here.
+        profile: Of the compressed cache; None for the uncompressed one.
+        memory: Bytes for weights and cache.
+        batch: Rows.
+        weight_bits: Bits of a weight.
+
+    Returns:
+        Tokens; 0 if not even the weights and one token fit.
+
+    Raises:
+        ValueError: If batch is below 1, the profile is unknown, or the model cannot be served.
+    """
+    layers, weights = kv_layers(config), int(weight_bits * parameters(config) / 8)
+    _full(layers, config)  # without one the cache stops growing
+
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+
+    def fits(context: int) -> bool:
+        if profile is None:
+            held = cache_bytes(layers, context, batch=batch)
+        else:
+            counted = cache_memory(config, profile, context=context, batch=batch)
+            held = counted.stored + counted.other
+        return weights + held <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _full(layers: list[KvLayer], config: PretrainedConfig) -> list[KvLayer]:
+    """Layers that hold the whole context, of which there must be one."""
+    full = [layer for layer in layers if layer.window is None]
+    if not full:
+        raise ValueError(
+            f"this {config.model_type} model has no full-attention layer, so that there is nothing to "
+            "compress: sliding layers hold no more than their window, recurrent ones a state"
+        )
+    return full
+
+
 def _bits(profile: Profile, config: PretrainedConfig) -> list[tuple[float, float]]:
     """(key bits, value bits) of each full-attention layer; a profile's lists count all layers."""
     kinds = _kinds(config.get_text_config(decoder=True))[0]
     return [bits for kind, bits in zip(kinds, profile.layer_bits(len(kinds)), strict=True) if kind == FULL]
 
 
+@lru_cache(maxsize=256)
 def _codecs(profile: Profile, bits: tuple[float, float], dim: int, layer: int) -> list[VectorCodec]:
     """What keys and values of a layer are encoded with; seeds differ as they do in a cache."""
     from turboquant.cache import vector_codec

@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 from turboquant import memory, needle
 from turboquant.cache import TurboQuantCache
 from turboquant.cli import app
-from turboquant.memory import KvLayer, cache_bytes, cache_memory, kv_layers, parameters, read_config
+from turboquant.memory import (
+    KvLayer,
+    cache_bytes,
+    cache_memory,
+    kv_layers,
+    longest_context,
+    parameters,
+    read_config,
+)
+from turboquant.models import find
 from turboquant.profiles import profile, profile_names
 
 SMALL = {
@@ -280,6 +289,9 @@ def test_the_command_prints_what_is_counted(tmp_path):
         (["needle", "--batches", "0"], "whole numbers"),
         (["needle", "--profile", "none"], "no profile"),
         (["there/is/none"], "no readable config.json"),
+        (["llama-3-8b"], "no registered model, did you mean llama-3.1-8b or"),
+        (["needle", "--cards", "80GB"], "cards must be GB above 0"),
+        (["needle", "--cards", "24,-1"], "cards must be GB above 0"),
     ],
 )
 def test_the_command_fails_with_one_line(arguments, said):
@@ -287,3 +299,70 @@ def test_the_command_fails_with_one_line(arguments, said):
     assert done.exit_code == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-2-9b", "qwen3.6-27b", "ministral-8b"])
+def test_the_longest_context_fits_and_one_token_more_does_not(name):
+    """Sliding layers count up to their window, recurrent ones not at all; the weights do."""
+    config = find(name).make_config()
+    for found in (None, "2.5"):
+        longest = longest_context(config, found, memory=78e9)
+
+        def total(context, found=found):
+            counted = cache_memory(config, found or "4", context=context, weight_bits=16)
+            return counted.after if found else counted.before
+
+        assert total(longest) <= 78e9 < total(longest + 1)
+    assert longest_context(config, "2.5", memory=78e9, weight_bits=4) > longest
+    assert 1.9 < longest / longest_context(config, "2.5", memory=78e9, batch=2) < 2.1
+    assert longest_context(config, "2.5", memory=1e9) == 0
+
+
+def test_totals_and_ratios_of_the_hybrid_model():
+    """S1-6, S1-7: 16 of 64 layers have keys; their cache, beside 27 billion weights, is small."""
+    config = find("qwen3.6-27b").make_config()
+    for context, gib in ((32_768, 2), (131_072, 8), (262_144, 16)):
+        counted = cache_memory(config, "2.5", context=context, weight_bits=16)
+        assert counted.raw == gib * 2**30
+        assert counted.other == 0
+        assert counted.weights == 2 * find("qwen3.6-27b").parameters
+        smaller = counted.weights + counted.raw * 2.375 / 16  # two norms of 16 bits for 256 coordinates
+        assert math.isclose(counted.total_ratio, counted.before / smaller, rel_tol=0.002)
+        assert counted.total_ratio < counted.ratio() < 16 / 2.25
+
+
+def test_the_command_knows_registered_models_and_cards():
+    told = [
+        "qwen3.6-27b",
+        "--profile",
+        "3.5",
+        "--profile",
+        "2.5",
+        "--cards",
+        "24,141",
+        "--contexts",
+        "131072",
+    ]
+    done = run(*told, "--json")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.output.splitlines()]
+    config = find("qwen3.6-27b").make_config()
+    assert [line["raw"] for line in lines[:2]] == [8 * 2**30] * 2
+    fits = {(line["card_gb"], line["profile"]): line for line in lines[2:]}
+    assert len(fits) == 4
+    assert fits[24, "3.5"]["longest"] == 0  # 54 GB of weights
+    found = fits[141, "2.5"]
+    assert found["longest"] == longest_context(config, "2.5", memory=(141 - memory.RESERVE) * 1e9)
+    assert found["longest_uncompressed"] == longest_context(config, None, memory=(141 - memory.RESERVE) * 1e9)
+    shown = run(*told).output
+    assert f"{found['longest']:,}" in shown
+    assert "configured for 262,144" in shown
+
+
+def test_a_model_of_sliding_layers_has_no_longest_context():
+    config = read_config({"model_type": "mistral", **SMALL, "sliding_window": 20})
+    for found in (None, "4"):
+        with pytest.raises(ValueError, match="this mistral model has no full-attention layer"):
+            longest_context(config, found, memory=1e9)
+    with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
+        longest_context(needle.config(), None, memory=1e9, batch=0)
