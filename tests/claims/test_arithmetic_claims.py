@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from turboquant.models import find
 from turboquant.quantizers import SplitQuantizer
 from turboquant.rivals import released_split
 from turboquant_claims import BOUND_TO
@@ -23,6 +24,7 @@ ROOMS = (
     "statements.test_taleef7",
     "statements.test_true_or_false",
     "statements.test_accuracy_blog",
+    "statements.test_models",
 )
 
 
@@ -84,6 +86,27 @@ def test_the_cell_decides_the_figure(claim: Claim) -> None:
             except (KeyError, IndexError):  # twice the value names a row that is not there
                 after.append([])
     assert any(found != before for found in after)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [claim for claim in IDENTITIES if {"model", "models"} & claim.cells[0].at.keys()],
+    ids=lambda claim: claim.id,
+)
+def test_the_model_decides_the_figure(claim: Claim) -> None:
+    found = 0
+    for spec in claim.cells:
+        name = spec.at.get("model", spec.at.get("models"))
+        try:
+            find(str(name).split()[0])
+        except ValueError:  # a model of a table that the document prints
+            continue
+        at = {**spec.at, **{key: "needle" for key in ("model", "models") if key in spec.at}}
+        other = spec.model_copy(update={"at": at})
+        if spec.at.get("counted") != "weights":
+            assert figures(evidence(claim, other)) != figures(evidence(claim, spec))
+            found += 1
+    assert found or not any(get in claim.how for get in ("egistered", "registry"))
 
 
 def test_a_perfect_handful_of_trials_settles_nothing() -> None:

@@ -92,7 +92,7 @@ class Source(Entry):
     title: str = Field(min_length=1)
     version: str = Field(min_length=1)
     date: datetime.date | None = None  # left out where the source bears none
-    link: str = Field(pattern=r"^https?://")
+    link: str = Field(default="", pattern=r"^$|^https?://")  # left out where it is this project's own
 
 
 class Condition(Entry):

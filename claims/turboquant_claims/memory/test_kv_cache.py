@@ -2,24 +2,14 @@
 
 import math
 
-from turboquant.memory import GIB, KvLayer, cache_bytes, kv_layers, parameters, read_config
+from turboquant.memory import GIB, KvLayer, cache_bytes, kv_layers, parameters
+from turboquant.models import find
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
 
 UNITS = {"GB": 1e9, "GiB": float(GIB)}
 SMALL_UNITS = {"MB": 1e6, "MiB": float(2**20)}
-CONFIGURATIONS = {
-    "Llama-3.1-8B": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }
-}
 
 
 def _bytes(cell: Cell, heads: int) -> float:
@@ -27,16 +17,34 @@ def _bytes(cell: Cell, heads: int) -> float:
     return cache_bytes(layers, cell.get("tokens", 1), bits=cell.get("bits", 16))
 
 
+def registered_bytes(name: str, tokens: int, bits: float = 16) -> float:
+    """Bytes of a registered model's cache, codes or numbers alone."""
+    return cache_bytes(kv_layers(find(name).make_config()), tokens, bits=bits)
+
+
 @claim("seed-true-or-false-kv-gib")
 def test_cache_size(cell: Cell, record: Record) -> None:
     """The cache in GiB."""
-    record.figure(_bytes(cell, cell["heads"]) / GIB)
+    record.figure(registered_bytes(cell["model"], cell["tokens"], cell["bits"]) / GIB)
 
 
 @claim("seed-taleef7-cache-megabytes")
 def test_cache_size_in_either_megabyte(cell: Cell, record: Record) -> None:
     """The cache in both units that are called MB."""
-    record.readings({unit: _bytes(cell, cell["heads"]) / size for unit, size in SMALL_UNITS.items()})
+    taken = registered_bytes(cell["model"], cell["tokens"])
+    record.readings({unit: taken / size for unit, size in SMALL_UNITS.items()})
+
+
+@claim("back2matching-8b-at-32k")
+def test_cache_size_of_models_of_a_kind(cell: Cell, record: Record) -> None:
+    """The cache of each model that may be meant, in both units that are called GB."""
+    record.readings(
+        {
+            f"{name} in {unit}": registered_bytes(name, cell["tokens"]) / size
+            for name in cell["models"].split()
+            for unit, size in UNITS.items()
+        }
+    )
 
 
 @claim("seed-accuracy-blog-30gb")
@@ -60,20 +68,48 @@ def test_formula_against_the_real_cache(cell: Cell, record: Record) -> None:
 @claim("seed-methodology-12gb-holds-8k")
 def test_tokens_that_fit(cell: Cell, record: Record) -> None:
     """Thousands of fp16 tokens beside 4-bit weights in 12 GB."""
-    free = 12e9 - cell["billions"] * 1e9 * 4 / 8
-    record.figure(free / _bytes(cell, cell["kv_heads"]) / 1000)
+    model = find(cell["model"])
+    record.figure((12e9 - model.parameters * 4 / 8) / model.kv_bytes_per_token / 1000)
 
 
 @claim("seed-methodology-model-gigabytes")
 def test_weights_in_either_gigabyte(cell: Cell, record: Record) -> None:
-    """Sixteen-bit weights in both units that are called GB."""
-    record.readings({unit: cell["billions"] * 1e9 * 2 / size for unit, size in UNITS.items()})
+    """Sixteen-bit weights in both units that are called GB; of an earlier version by its vocabulary."""
+    config = find(cell["model"]).make_config()
+    vocabulary = cell.get("vocab_size", config.vocab_size)
+    weights = 2 * parameters(find(cell["model"]).make_config(vocab_size=vocabulary))
+    record.readings({unit: weights / size for unit, size in UNITS.items()})
 
 
 @claim("seed-true-or-false-weights-gib")
 def test_weights(cell: Cell, record: Record) -> None:
-    """The weights in GiB."""
-    record.figure(cell["billions"] * 1e9 * cell["bytes_per_parameter"] / GIB)
+    """The weights in GiB: all that is downloaded, or the language model alone."""
+    record.readings({what: weights / GIB for what, weights in weights_of(cell["model"]).items()})
+
+
+def weights_of(name: str) -> dict[str, int]:
+    """Bytes of a registered model's files, and of its language model."""
+    model = find(name)
+    return {"all files": model.download_bytes, "language model": model.weight_bytes}
+
+
+def totals(cell: Cell, bits: float) -> dict[str, float]:
+    """Bytes of weights and cache together, by what is counted as weights."""
+    cache = registered_bytes(cell["model"], cell["tokens"], bits)
+    return {what: weights + cache for what, weights in weights_of(cell["model"]).items()}
+
+
+@claim("seed-true-or-false-total-gib")
+def test_total(cell: Cell, record: Record) -> None:
+    """Weights and cache in GiB."""
+    record.readings({what: total / GIB for what, total in totals(cell, cell["bits"]).items()})
+
+
+@claim("seed-true-or-false-total-ratio-registered")
+def test_ratio_of_registered_totals(cell: Cell, record: Record) -> None:
+    """Weights and 16-bit cache over weights and compressed cache."""
+    after = totals(cell, cell["bits"])
+    record.readings({what: before / after[what] for what, before in totals(cell, 16).items()})
 
 
 @claim("seed-true-or-false-total-improvement")
@@ -95,7 +131,7 @@ def test_ratio_of_the_total(cell: Cell, record: Record) -> None:
 @claim("google-blog-model-size")
 def test_model_before_and_after(cell: Cell, record: Record) -> None:
     """Bytes of what is counted as the model with a 16-bit cache, over the same with a compressed one."""
-    config = read_config(CONFIGURATIONS[cell["model"]])
+    config = find(cell["model"]).make_config()
     layers, weights = kv_layers(config), 2 * parameters(config)
     before, after = (cache_bytes(layers, cell["tokens"], bits=bits) for bits in (16, cell["bits"]))
     if cell["counted"] == "weights":
@@ -104,7 +140,7 @@ def test_model_before_and_after(cell: Cell, record: Record) -> None:
     record.note(weight_bytes=weights, cache_bytes=before, compressed_bytes=after)
 
 
-@claim("seed-methodology-contexts-fit", "seed-accuracy-blog-128k-context")
+@claim("seed-accuracy-blog-128k-context")
 def test_context_fits_the_model(cell: Cell, record: Record) -> None:
     """Positions that the model was trained on over those used."""
     record.figure(cell["window"] / cell["used"])

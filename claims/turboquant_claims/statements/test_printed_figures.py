@@ -41,8 +41,6 @@ def test_bits_fewer(cell: Cell, record: Record) -> None:
 
 
 @claim(
-    "seed-methodology-sizes-3b-to-13b",
-    "seed-methodology-layers",
     "seed-taleef7-throughput-range",
     "seed-accuracy-blog-3-bit-floor",
     "seed-accuracy-blog-7b-plus",
@@ -50,12 +48,6 @@ def test_bits_fewer(cell: Cell, record: Record) -> None:
 def test_end_of_range(cell: Cell, record: Record) -> None:
     """The smallest or largest figure of the column that the statement sums up."""
     record.figure(extreme(cell["printed"], cell["statistic"]))
-
-
-@claim("seed-methodology-heads")
-def test_end_of_range_of_heads(cell: Cell, record: Record) -> None:
-    """The fewest or most heads, under both meanings of the word."""
-    record.readings({kind: extreme(cell[kind], cell["statistic"]) for kind in ("query_heads", "kv_heads")})
 
 
 @claim("seed-methodology-example-context")
