@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from turboquant.cache import TurboQuantCache
+from turboquant.evals import decode_step
 from turboquant.memory import cache_memory, kv_layers
 from turboquant.models import find
 from turboquant.models.load import load_model
@@ -98,6 +99,19 @@ def test_caches_take_the_bytes_that_are_counted(name, profile, context, batch):
     # A sliding layer keeps a token less than its window, which of Ministral is the whole context.
     assert 0.999 * expected <= held
     assert held <= 1.005 * expected + 64 * GRAIN * len(layers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_every_architecture_is_timed(name):
+    model = random_model(find(name).make_config(num_hidden_layers=8), "cuda")
+    found = {step.arm: step for step in decode_step.measure(model, 2, 2000, rounds=1, steps=3)}
+    print(name, {arm: step.failed or f"{step.percentile(50):.2f} ms" for arm, step in found.items()})
+    expected = {"ours, eager", "DynamicCache, eager"}
+    # A graph replays one recurrent state, and scores are soft-capped without a kernel: neither must be captured.
+    if name not in ("qwen3.6-27b", "gemma-2-9b"):
+        expected |= {"ours, captured", "StaticCache, captured"}
+    assert {arm for arm in expected if found[arm].failed is not None} == set()
+    assert found["ours, eager"].cache_bytes < found["DynamicCache, eager"].cache_bytes
 
 
 def test_a_card_that_is_too_small_is_told_first(monkeypatch):
