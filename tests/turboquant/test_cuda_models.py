@@ -107,7 +107,7 @@ def test_a_step_of_every_architecture_is_timed(name):
     found = {step.arm: step for step in decode_step.measure(model, 2, 2000, rounds=1, steps=3)}
     print(name, {arm: step.failed or f"{step.percentile(50):.2f} ms" for arm, step in found.items()})
     expected = {"ours, eager", "DynamicCache, eager"}
-    # A graph replays one recurrent state, and scores are soft-capped without a kernel: neither must be captured.
+    # A graph replays one recurrent state; soft-capped scores have no kernel: neither must be captured.
     if name not in ("qwen3.6-27b", "gemma-2-9b"):
         expected |= {"ours, captured", "StaticCache, captured"}
     assert {arm for arm in expected if found[arm].failed is not None} == set()
