@@ -347,7 +347,7 @@ def test_heads_that_say_nothing_of_tokens_are_refuted(sign: int, verdict: str) -
     draw = random.Random(0)
     top1, kept = {}, {}
     for number, arm in enumerate(arms):
-        noise = [draw.uniform(-1, 1) * (2 if sign else 9) for _ in range(28)]
+        noise = [draw.uniform(-1, 1) * (2 if sign else 9) for _ in range(24)]
         kept[arm] = [tokens(60 + 3 * number) for _ in noise]
         top1[arm] = [heads(0.5 + 0.02 * (sign * number + x)) for x in noise]
     found = run(
