@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import faulty_caches
 import pytest
 import torch
-from safetensors.torch import save_file
 from toy_ledger import claim_toml, only_cell
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -30,7 +29,6 @@ from turboquant_claims.kv_cache import (
     test_held,
     test_retrieval,
     test_text,
-    test_weights,
 )
 from turboquant_claims.kv_cache.arms import BIAS, CHANGES, make_arm
 from turboquant_claims.kv_cache.measurements import (
@@ -551,15 +549,6 @@ def test_a_model_is_named_or_a_folder(tmp_path: Path) -> None:
         models.load(str(tmp_path))
     with pytest.raises(ValueError, match="has no variant"):
         models.load(str(tmp_path), "long-keys")
-
-
-def test_bias_norms_are_read_in_the_order_of_layers(tmp_path: Path) -> None:
-    names = {f"model.layers.{i}.self_attn.k_proj.bias": torch.full((4,), float(i)) for i in range(11)}
-    save_file(dict(list(names.items())[:6]), tmp_path / "a.safetensors")
-    save_file(dict(list(names.items())[6:]), tmp_path / "b.safetensors")
-    assert test_weights.bias_norms(tmp_path) == [2.0 * i for i in range(11)]
-    with pytest.raises(ValueError, match="no tensor"):
-        test_weights.bias_norms(tmp_path / "none")
 
 
 def test_bytes_are_those_held(tmp_path: Path) -> None:
