@@ -3,23 +3,34 @@
 Tiny checkpoints with random weights stand for the real ones, and are loaded by the same code.
 """
 
+import copy
 import hashlib
 import json
 
 import pytest
+import torch
 from evals_material import TEXT
+from exact_codec import ExactCodec
 from safetensors import safe_open
 from transformers import AutoTokenizer
+from transformers.cache_utils import DynamicLayer
+from typer.testing import CliRunner
 
+from turboquant import cache as cache_module
+from turboquant.attention import attach, detach
+from turboquant.cache import cache_argument, plain_cache
+from turboquant.cli import app
 from turboquant.evals import fidelity, generation, niah, perplexity
 from turboquant.evals.arms import arms
+from turboquant.evals.guards import reachable_bytes
 from turboquant.evals.niah import tokens
 from turboquant.evals.prefix import prefill
-from turboquant.memory import kv_layers, read_config
+from turboquant.memory import cache_memory, kv_layers, read_config
 from turboquant.models import find, models
 from turboquant.models.load import load_model
 from turboquant.models.tiny import MARK, WINDOW, write_checkpoint
 from turboquant.needle import tasks
+from turboquant.profiles import profile
 
 NAMES = list(models())
 DIGITS_JOINED = ("needle", "llama-3.1-8b", "ministral-8b")
@@ -192,3 +203,142 @@ def test_every_prefix_starts_as_the_tokenizer_starts_a_text(checkpoint, name, mo
         assert [record.broken for record in records] == [None] * len(records)
     assert len(first) == 5
     assert (set(first) == {bos}) == (name == "gemma-2-9b")
+
+
+# From a folder to measurements
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def loaded(request, checkpoint):
+    """A checkpoint loaded as any folder is: the model and the tokenizer."""
+    return load_model(str(checkpoint(request.param)), device="cpu")
+
+
+def logits(model, cache, ids, mask):
+    """A prompt with padding on the left in two forwards, then tokens one by one."""
+    name, found = cache_argument(model), []
+    for start, stop in ((0, 30), (30, 36), *((i, i + 1) for i in range(36, 40))):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+        out = model(
+            ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, **{name: cache}
+        )
+        cache = out[name]
+        found.append(out.logits)
+    return torch.cat(found, dim=1)[mask.bool()], cache
+
+
+@torch.no_grad()
+def test_an_attached_model_reads_what_is_stored(loaded, monkeypatch):
+    """Codes that lose nothing give the model's own logits; real ones, and one bit flipped in each, do not."""
+    model, _ = loaded
+    ids = torch.randint(8, 480, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    plain, _ = logits(model, None, ids, mask)
+    attach(model, profile("conservative", window=4))
+    try:
+        lossy, _ = logits(model, None, ids, mask)
+        assert (lossy - plain).abs().max() > 1e-2
+        monkeypatch.setattr(cache_module, "vector_codec", lambda dim, parts, **options: ExactCodec(dim))
+        attach(model, profile("4", window=4, sinks=2))
+        same, cache = logits(model, None, ids, mask)
+        assert (same - plain).abs().max() < 1e-3 * plain.abs().max()
+        kinds = getattr(model.config, "layer_types", None)
+        kinds = kinds or ["full_attention"] * model.config.num_hidden_layers
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        assert list(cache.packed) == full
+        argument = cache_argument(model)
+        honest = model(ids[:, :1], **{argument: copy.deepcopy(cache)}).logits
+        for words in (*cache.packed[full[0]].store.keys.words, *cache.packed[full[0]].store.values.words):
+            words.bitwise_xor_(1 << 22)  # the highest bit of each number's mantissa
+        assert (model(ids[:, :1], **{argument: cache}).logits - honest).abs().max() > 1e-2
+    finally:
+        detach(model)
+
+
+@torch.no_grad()
+def test_an_attached_model_generates(loaded, monkeypatch):
+    model, tokenizer = loaded
+    ids = torch.tensor([tokenizer.encode(TEXT)[:80]])
+    told = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
+    plain = model.generate(ids, **told).sequences
+    monkeypatch.setattr(cache_module, "vector_codec", lambda dim, parts, **options: ExactCodec(dim))
+    attach(model, profile("4", window=8))
+    try:
+        out = model.generate(ids, **told)
+    finally:
+        detach(model)
+    assert out.sequences.tolist() == plain.tolist()
+    cache = out.get("cache") or out.get("past_key_values")
+    assert {cache.compressed_tokens(i) for i in cache.packed} == {80 + 11 - 8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_bytes_are_those_that_the_configuration_predicts(checkpoint, name):
+    folder, registered = checkpoint(name), find(name)
+    model, _ = load_model(str(folder), device="cpu", dtype=torch.bfloat16)
+    argument = cache_argument(model)
+    ids = torch.randint(8, 480, (2, 200), generator=torch.Generator().manual_seed(0))
+    full = [layer for layer in kv_layers(model.config) if layer.window is None]
+    plain = plain_cache(model.config)
+    model(ids, **{argument: plain})
+    held = reachable_bytes([layer for layer in plain.layers if type(layer) is DynamicLayer])
+    per_token = registered.kv_bytes_per_token / registered.full_attention_layers / registered.kv_heads
+    assert held == 2 * 200 * len(full) * full[0].kv_heads * per_token
+    for chosen in ("conservative", "2"):
+        attach(model, chosen)
+        try:
+            cache = model(ids)[argument]
+        finally:
+            detach(model)
+        predicted = cache_memory(read_config(folder), chosen, context=200, batch=2)
+        assert cache.stored_bytes() == predicted.stored
+        real = cache_memory(registered.make_config(), chosen, context=200, batch=2)
+        assert predicted.bits("nominal") == real.bits("nominal")
+        assert predicted.bits("effective") == real.bits("effective")
+
+
+COMMANDS = {
+    "niah": (["--trials", 1, "--depths", "0.5"], "retrieved"),
+    "perplexity": (["--segments", 1, "--scored", 16], "bits per byte"),
+    "divergence": (["--segments", 1, "--scored", 16], "mean KL"),
+    "fidelity": (["--segments", 1, "--queries", 4], "KL after softmax"),
+    "generation": (["--segments", 1, "--new-tokens", 36], "first tokens the same"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_measures_a_folder(checkpoint, name, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    for command, (options, title) in COMMANDS.items():
+        path = tmp_path / f"{command}.jsonl"
+        asked = ["--model", checkpoint(name), "--contexts", 200, "--arms", "tq4,tq2", "--window", 0]
+        asked += ["--text", tmp_path / "text.txt", "--json", path, *options]
+        done = run(command, *asked)
+        assert done.exit_code == 0, done.output
+        assert title in done.output
+        settings, *records = map(json.loads, path.read_text().splitlines())
+        assert settings["model"] == str(checkpoint(name))
+        assert {record["arm"] for record in records} == {"exact", "tq4", "tq2"}
+        assert [record["broken"] for record in records] == [None] * len(records)
+        errors = {record["arm"]: record["key_error"] for record in records}
+        assert errors["exact"] is None
+        assert 0.005 < errors["tq4"] < 0.011 < 0.09 < errors["tq2"] < 0.13
+        if command == "niah":
+            assert not any(record["correct"] for record in records)
+    told = run("memory", checkpoint(name), "--contexts", 200, "--profile", "2.5", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["raw"] > json.loads(told.stdout)["stored"]
+
+
+def run(command, *arguments):
+    environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [command, *map(str, arguments)], env=environment)
