@@ -188,6 +188,8 @@ def batch_rows(model: Any, context: int) -> int:
     # Two raw copies (the exact arm's is one), float32 work on a layer, and the activations of the prefill.
     wide = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     row = 2 * raw + 64 * heads * dim * context + wide * context * size
+    if config._attn_implementation == "eager":  # whole scores and their softmax, in float32
+        row += 3 * 4 * config.num_attention_heads * context**2
     free, _ = torch.cuda.mem_get_info(model.device)
     # In one forward, a prefill needs no mask, which lets it take the fastest kernel.
     return int(max(1, min(MOST_ROWS, FORWARD_TOKENS // context, 0.7 * free // row)))

@@ -385,6 +385,9 @@ def _read(folder: Path, place: torch.device, kind: torch.dtype, weights: str) ->
             f"the tokenizer of {folder} cannot be read: {_line(error)}; copy its files anew"
         ) from error
     options = _quantization(weights, kind) | safe
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        # Before 5.21, transformers takes sdpa by default, which leaves the cap out without a word.
+        options["attn_implementation"] = "eager"
     _check_memory(str(folder), config, place, WEIGHTS[weights] or float(kind.itemsize))
     direct = importlib.util.find_spec("accelerate") is not None
     if direct:  # onto the device, without all of the weights in the machine's memory first
