@@ -27,6 +27,7 @@ from turboquant import subjects, theory
 from turboquant.codebook import codebook as make_codebook
 from turboquant.evals import commands, retrieval
 from turboquant.memory import RESERVE, cache_memory, longest_context, read_config
+from turboquant.models import commands as model_commands
 from turboquant.models import models
 from turboquant.quantizers import Codes, MseQuantizer, ProdQuantizer, quantizer_of
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(retrieval.app)
 app.add_typer(commands.app)
+app.add_typer(model_commands.app)
 _out = Console()
 _err = Console(stderr=True)
 

@@ -159,19 +159,19 @@ def cached_folder(model: Model) -> Path:
     Raises:
         ValueError: If it is not there.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from turboquant.models.requirements import snapshot
 
     if model.hub is None:
         raise ValueError(f"{model.name} comes with the library and is not in the hub's cache")
-    try:
-        return Path(snapshot_download(model.hub, revision=model.revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
+    # Not by the hub's own look-up, which finds no snapshot of which only some files were fetched.
+    found = snapshot(model)
+    if found is None:
         raise ValueError(
             f"{model.name} ({model.hub} at {model.revision}) is not in the hub's cache: fetch its "
             f"{model.download_bytes / 1e9:.1f} GB with `turboquant models fetch {model.name}`, or give the "
             "path of a folder that holds it"
-        ) from error
+        )
+    return found
 
 
 def _check_registered(model: Model, config: PretrainedConfig) -> None:
