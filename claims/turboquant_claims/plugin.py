@@ -44,7 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model",
         action="append",
         metavar="NAME|PATH",
-        help="model for claims that need one, or the folder that holds it (repeatable; default: needle)",
+        help="model for claims that need one: a registered name, random:NAME, tiny:NAME, or a folder "
+        "(repeatable; default: needle)",
+    )
+    group.addoption(
+        "--weights",
+        metavar="BITS",
+        default="16bit",
+        help="keep the weights of --model in 8bit or 4bit (bitsandbytes), which makes another model of it",
     )
     group.addoption("--out", metavar="DIR", help="where results and report go (default: reports/out)")
     group.addoption("--resume", action="store_true", help="keep the finished cells of the results in --out")
@@ -94,6 +101,7 @@ def make_plan(config: pytest.Config) -> Plan:
         ValueError: the ledger, a subject or an option is wrong; the message says what to do.
     """
     from turboquant_claims import ledger, run
+    from turboquant_claims.models import DEFAULT_MODEL, choose
 
     claims = ledger.load(config.getoption("--ledger"))
     names = config.getoption("--subject") or ["ours"]
@@ -101,7 +109,10 @@ def make_plan(config: pytest.Config) -> Plan:
     return run.Plan(
         claims,
         _resolved(names) if any(claim.subject != "none" for claim in claims) else {},
-        models=config.getoption("--model") or (run.DEFAULT_MODEL,),
+        models=[
+            choose(name, config.getoption("--weights"))
+            for name in dict.fromkeys(config.getoption("--model") or [DEFAULT_MODEL])
+        ],
         master_seed=ledger.DEFAULT_SEED if seed is None else seed,
         shard=run.Shard.parse(config.getoption("--shard")),
         slow="slow" in config.getoption("markexpr", ""),
@@ -153,7 +164,7 @@ def subject(turboquant_unit: Unit, pytestconfig: pytest.Config) -> Any:
 
 @pytest.fixture
 def model(turboquant_unit: Unit, pytestconfig: pytest.Config) -> str:
-    """Name or path of the model to measure on."""
+    """Name of the model to measure on, as `turboquant_claims.kv_cache.models.load` takes it."""
     return pytestconfig.stash[CHECKS].plan.model_of(turboquant_unit)
 
 
@@ -234,7 +245,7 @@ class Checks:
                 )
 
     def _parameter(self, unit: Unit) -> Any:
-        marks = [getattr(pytest.mark, need) for need in unit.claim.needs if need in ("gpu", "slow")]
+        marks = [getattr(pytest.mark, need) for need in unit.claim.needs if need in ("gpu", "slow", "model")]
         return pytest.param(unit, id=unit.id, marks=marks)
 
     @pytest.hookimpl(tryfirst=True)
@@ -282,7 +293,17 @@ class Checks:
         start = time.perf_counter()
         item.obj(**{name: item.funcargs[name] for name in item._fixtureinfo.argnames})
         seconds = time.perf_counter() - start
-        return unit.judged(item.stash[RECORD], seconds, {"code": self._code(unit, item.path)})
+        from turboquant_claims.run import cuda_available
+
+        provenance: dict[str, Any] = {"code": self._code(unit, item.path)}
+        model = self.plan.chosen_for(unit) if unit.model else None
+        if model is not None and model.kind != "embedded":
+            provenance["model"] = model.provenance
+            if "device" not in item.stash[RECORD].notes and cuda_available():
+                item.stash[RECORD].note(device="cuda")
+            if model.weights != "16bit":
+                item.stash[RECORD].note(confound=f"weights in {model.weights}, not as published")
+        return unit.judged(item.stash[RECORD], seconds, provenance)
 
     def _code(self, unit: Unit, check: Path) -> str:
         from turboquant_claims.provenance import code_fingerprint

@@ -9,20 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from turboquant_claims.evidence import EvidenceError, Record
 from turboquant_claims.ledger import Cell, CellSpec, Claim, Ledger, Standing, seed63
+from turboquant_claims.models import DEFAULT_MODEL, FULL_WEIGHTS, Chosen, command, obstacle, of_weights
 from turboquant_claims.results import Execution, Key, Result, edges
 from turboquant_claims.verdicts import judge, news
 
 if TYPE_CHECKING:
     from turboquant.subjects import VectorSubject
     from turboquant_claims.kv_cache.subject import CacheUnderTest
-
-DEFAULT_MODEL = "needle"
-"""The model that comes with the library: claims that any model can show are measured on it."""
 
 UNFIT = re.compile(r"[^ -~]|[|\[\]@\\]|::")
 """What pytest or xdist would rewrite or misread in a test id."""
@@ -157,7 +154,7 @@ class Plan:
 
     ledger: Ledger
     subjects: Mapping[str, "VectorSubject | CacheUnderTest"]
-    models: Sequence[str] = (DEFAULT_MODEL,)
+    models: Sequence[Chosen] = (Chosen(DEFAULT_MODEL, "embedded", DEFAULT_MODEL),)
     master_seed: int = 0
     shard: Shard = field(default_factory=Shard)
     slow: bool = False
@@ -170,7 +167,7 @@ class Plan:
     def units_of(self, claim: Claim) -> list[Unit]:
         """A claim's units: its cells on each subject (if it is about one) and model (if it needs one)."""
         subjects = [""] if claim.subject == "none" else self._subjects_for(claim)
-        models = [""] if "model" not in claim.needs else [claim.weights] if claim.weights else self.models
+        models = self._models_for(claim) if "model" in claim.needs else [""]
         return [
             Unit(Cell(claim, spec, self.master_seed), subject, model)
             for spec in claim.cells
@@ -184,16 +181,24 @@ class Plan:
         fit = [name for name, subject in self.subjects.items() if (subject.kind == "cache") == about_caches]
         return fit or list(self.subjects)
 
-    def model_of(self, unit: Unit) -> str:
-        """Name or path of the model to load for a unit; empty if it was not given.
+    def _models_for(self, claim: Claim) -> list[str]:
+        """Names of the models that a claim is measured on; of a statement about certain weights, theirs."""
+        if not claim.weights:
+            return [model.name for model in self.models]
+        found = of_weights(self.models, claim.weights)
+        reduced = found is not None and found.weights != FULL_WEIGHTS
+        return [f"{claim.weights}@{found.weights}" if found and reduced else claim.weights]
 
-        Where a statement is about certain weights, that is the selected model whose name holds theirs.
-        """
-        wanted = unit.claim.weights
-        if not wanted:
-            return unit.model
-        named = (model for model in self.models if wanted.lower() in PurePath(model).name.lower())
-        return next(named, "")
+    def chosen_for(self, unit: Unit) -> Chosen | None:
+        """The model to load for a unit; None if it was not given."""
+        if unit.claim.weights:
+            return of_weights(self.models, unit.claim.weights)
+        return next((model for model in self.models if model.name == unit.model), None)
+
+    def model_of(self, unit: Unit) -> str:
+        """Name of the model to load for a unit; empty if it was not given."""
+        found = self.chosen_for(unit)
+        return "" if found is None else found.name
 
     def obstacle(self, unit: Unit) -> tuple[Execution, str] | None:
         """Why a unit cannot or need not run here; None if it should."""
@@ -204,6 +209,10 @@ class Plan:
             missing = self._missing(need, unit)
             if missing:
                 return "not run", missing
+        model = self.chosen_for(unit)
+        hindrance = None if model is None else obstacle(model, unit.cell.get("evaluation"))
+        if hindrance is not None:
+            return hindrance
         if not self.shard.holds(unit.measurement):
             return "not run", f"belongs to another shard than {self.shard}"
         return None
@@ -233,7 +242,7 @@ class Plan:
             return "" if cuda_available() else "needs CUDA, and this machine has none"
         if need == "model" and not self.model_of(unit):
             name = unit.claim.weights
-            return f"needs the weights of {name}: pytest claims --model PATH/TO/{name} -k {unit.claim.id}"
+            return f"needs the weights of {name}: {command(name, unit.claim.id)}"
         if need == "slow" and not self.slow:
             return "slow: ask for it with -m slow"
         return ""

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from turboquant_claims import ledger as ledger_
+from turboquant_claims.models import FULL_WEIGHTS, split_name, weights_name
 from turboquant_claims.results import Key, Result
-from turboquant_claims.run import DEFAULT_MODEL
 from turboquant_claims.verdicts import claim_verdict
 from turboquant_reports import band, wording
 from turboquant_reports.changes import Change, compare
@@ -342,7 +342,9 @@ def _command(claim: ledger_.Claim, cells: Sequence[Cell]) -> str:
     for subject in dict.fromkeys(cell.subject for cell in asked if cell.subject):
         words += ["--subject", subject]
     for model in dict.fromkeys(cell.model for cell in asked if cell.model):
-        words += ["--model", f"PATH/TO/{model}" if model == claim.weights != DEFAULT_MODEL else model]
+        bare, bits = split_name(model)
+        words += ["--model", weights_name(bare) if bare == claim.weights else bare]
+        words += [] if bits == FULL_WEIGHTS else ["--weights", bits]
     for run in dict.fromkeys(cell.run for cell in asked if cell.run is not None):
         if "master_seed" in dict(run.facts):
             words += ["--seed", dict(run.facts)["master_seed"]]

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from toy_ledger import write_ledger
 
+import turboquant.models.tiny
 import turboquant.subjects  # noqa: F401
 import turboquant_claims.controller
 import turboquant_claims.guards
+import turboquant_claims.kv_cache.measurements
 import turboquant_claims.provenance
 import turboquant_claims.results
 import turboquant_claims.run  # noqa: F401  - imported here, so that no run in this process imports them anew
@@ -40,7 +42,7 @@ class Session:
         # Inside another session the plugins are already imported, which pytest warns of.
         self.pytester.makeini(
             "[pytest]\nfilterwarnings =\n  error\n  ignore::pytest.PytestAssertRewriteWarning\n"
-            "markers =\n  gpu: x\n  slow: x\n"
+            "markers =\n  gpu: x\n  model: x\n  slow: x\n"
         )
         if conftest:
             self.pytester.makeconftest(conftest)

@@ -1,11 +1,13 @@
 """Does every declared cell get one line, whatever happens to its check, and does pytest's exit say so?"""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from toy_ledger import claim_toml, write_ledger
 
+from turboquant.models import find, requirements
 from turboquant_claims import run
 from turboquant_claims.results import merge, read
 
@@ -160,18 +162,54 @@ def test_slow_cells_run_when_asked_for(session: "Session") -> None:
     assert told["toy-one k=1"] == ("not run", "deselected")
 
 
+def checkpoint(folder: Path, name: str = "", **changes: object) -> str:
+    """A folder with the configuration of a registered model, and nothing else: no check here loads it."""
+    entries = (find(name).config if name else {"max_position_embeddings": 4096}) | changes
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    return str(folder)
+
+
 def test_a_model_is_passed_on_and_named(session: "Session") -> None:
     session.write(
         '@claim("toy-one")\ndef test_one(model, record):\n    record.figure(model == "m [1]|é")\n',
         claim_toml("one", '{ stated = "1" }', extra='needs = ["model"]'),
     )
+    checkpoint(session.pytester.path / "m [1]|é")
     assert session.run("--model", "m [1]|é").ret == OK
-    assert [line.model for line in session.lines().values()] == ["m [1]|é"]
+    (line,) = session.lines().values()
+    assert line.model == "m [1]|é"
+    assert line.provenance["model"] == {"kind": "folder", "name": "m [1]|é", "weights": "16bit"}
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_names(session: "Session") -> None:
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    result = session.run("--model", "qwen2.5-8b")
+    assert result.ret != OK
+    result.stdout.fnmatch_lines(
+        ["*--model qwen2.5-8b: there is no such model or folder; did you mean qwen2.5-*"]
+    )
+
+
+def test_a_registered_model_that_is_not_here_says_what_is_missing(
+    session: "Session", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requirements, "hub_cache", lambda: session.pytester.path / "empty")
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    result = session.run("--model", "qwen2.5-3b")
+    assert result.ret != OK
+    result.stdout.fnmatch_lines(
+        [
+            "*--model qwen2.5-3b cannot run here. Missing:",
+            "*A CUDA device of *",
+            "*fetch them with `turboquant models fetch qwen2.5-3b`*",
+        ]
+    )
 
 
 MODEL_CLAIMS = (
     claim_toml("any", '{ stated = "1" }', extra='needs = ["model"]'),
-    claim_toml("some", '{ stated = "1" }', extra='needs = ["model"]\nweights = "Some-7B"'),
+    claim_toml("some", '{ stated = "1" }', extra='needs = ["model"]\nweights = "Qwen2.5-7B"'),
     claim_toml("needle", '{ stated = "1" }', extra='needs = ["model"]\nweights = "needle"'),
 )
 MODEL_CHECK = """
@@ -185,24 +223,95 @@ def test_model(model, record):
 def test_claims_that_any_model_shows_run_on_the_shipped_one(session: "Session") -> None:
     session.write(MODEL_CHECK, *MODEL_CLAIMS)
     assert session.run().ret == OK
-    lines = session.lines()
-    assert {name: line.execution for name, line in lines.items()} == {
-        "toy-any needle": "ran",
-        "toy-some Some-7B": "not run",
-        "toy-needle needle": "ran",
+    assert session.told() == {
+        "toy-any needle": ("ran", "supported"),
+        "toy-some Qwen2.5-7B": (
+            "not run",
+            "needs the weights of Qwen2.5-7B: tox -e qwen2.5-7b -- -k toy-some",
+        ),
+        "toy-needle needle": ("ran", "supported"),
     }
 
 
 def test_a_claim_about_weights_runs_on_them_alone(session: "Session") -> None:
+    """The configuration tells whose weights a folder holds; its name is no evidence."""
     session.write(MODEL_CHECK, *MODEL_CLAIMS)
-    assert session.run("--model", "/models/some-7b-instruct", "--model", "/other/Some-7B/else").ret == OK
+    folder = session.pytester.path
+    real = checkpoint(folder / "downloaded", "qwen2.5-7b")
+    other = checkpoint(folder / "qwen2.5-7b", "qwen2.5-7b", num_hidden_layers=2)
+    tiny = checkpoint(folder / "tiny", "qwen2.5-7b", turboquant_tiny="qwen2.5-7b")
+    assert session.run("--model", other, "--model", tiny).ret == OK
+    assert session.lines()["toy-some Qwen2.5-7B"].execution == "not run"
+    assert session.run("--model", other, "--model", real).ret == OK
     lines = session.lines()
-    assert lines["toy-some Some-7B"].note == {"loaded": "/models/some-7b-instruct"}
-    assert lines["toy-needle needle"].reason.startswith("needs the weights of needle")
-    assert {line.model for line in lines.values() if line.claim == "toy-any"} == {
-        "/models/some-7b-instruct",
-        "/other/Some-7B/else",
+    assert lines["toy-some Qwen2.5-7B"].note == {"loaded": real}
+    assert lines["toy-needle needle"].reason == (
+        "needs the weights of needle: pytest claims --model needle -k toy-needle"
+    )
+    assert {line.model for line in lines.values() if line.claim == "toy-any"} == {real, other}
+
+
+def test_weights_of_fewer_bits_are_another_model(session: "Session") -> None:
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    folder = checkpoint(session.pytester.path / "downloaded", "qwen2.5-7b")
+    assert session.run("--model", folder, "--weights", "4bit").ret == OK
+    lines = session.lines()
+    assert set(lines) == {f"toy-any {folder}@4bit", "toy-some Qwen2.5-7B@4bit", "toy-needle needle"}
+    line = lines["toy-some Qwen2.5-7B@4bit"]
+    assert line.note == {"loaded": f"{folder}@4bit", "confound": "weights in 4bit, not as published"}
+    assert line.provenance["model"]["weights"] == "4bit"
+    for wrong in ("--weights=3bit", "--model=needle"):
+        assert session.run("--model", folder, "--weights", "4bit", wrong).ret != OK
+
+
+EVALUATED = """
+@claim("toy-answers", "toy-bytes")
+def test_model(cell, model, record):
+    record.figure(1)
+"""
+
+
+def test_random_weights_settle_nothing_about_answers(
+    session: "Session", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = '{ at = { evaluation = "retrieval-32k" }, stated = "1" }'
+    session.write(
+        EVALUATED,
+        claim_toml("answers", at, extra='needs = ["model"]'),
+        claim_toml("bytes", '{ stated = "1" }', extra='needs = ["model"]'),
+    )
+    monkeypatch.setattr(requirements, "cards", lambda: (("a card", 10**12),))
+    short = checkpoint(session.pytester.path / "short", max_position_embeddings=32768)
+    assert session.run("--model", "random:qwen2.5-3b", "--model", short).ret == OK
+    told = {
+        name.removeprefix("toy-").replace(short, "short").replace("evaluation=retrieval-32k ", ""): how
+        for name, how in session.told().items()
     }
+    assert told == {
+        "answers random:qwen2.5-3b": (
+            "not run",
+            "random weights: what random:qwen2.5-3b answers says nothing about qwen2.5-3b",
+        ),
+        "answers short": (
+            "not applicable",
+            f"reads 32,768 tokens and more after them; {short} holds 32,768",
+        ),
+        "bytes random:qwen2.5-3b": ("ran", "supported"),
+        "bytes short": ("ran", "supported"),
+    }
+    monkeypatch.setattr(requirements, "cards", lambda: ())
+    result = session.run("--model", "random:qwen2.5-3b")
+    assert result.ret != OK
+    result.stdout.fnmatch_lines(["*at full size takes a GPU with *there is none here; tiny:qwen2.5-3b is*"])
+
+
+def test_m_model_chooses_claims_about_models(session: "Session") -> None:
+    session.write(MODEL_CHECK + CHECK_ONE, ONE, *MODEL_CLAIMS)
+    assert session.run("-m", "model").ret == OK
+    assert [name for name, (how, _) in session.told().items() if how == "ran"] == [
+        "toy-any needle",
+        "toy-needle needle",
+    ]
 
 
 CACHE_ADAPTER = """

@@ -123,7 +123,7 @@ class Measurements:
             GuardError: An arm did not do what it was to do, with the reason.
         """
         wanted = evaluations()[cell["evaluation"]]
-        device = "cuda" if "gpu" in cell.claim.needs else "cpu"
+        device = "cuda" if "gpu" in cell.claim.needs else models.device_of(model)
         size = GPU_CHUNK if device == "cuda" else 1
         chunks = [range(i, min(i + size, cell.clusters)) for i in range(0, cell.clusters, size)]
         found: dict[int, list[Any]] = {}

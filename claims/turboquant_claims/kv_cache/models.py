@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from turboquant.models.load import load_model
-from turboquant_claims.run import DEFAULT_MODEL
+from turboquant.models import find
+from turboquant.models.load import cached_folder, load_model
+from turboquant.models.tiny import write_checkpoint
+from turboquant_claims.models import DEFAULT_MODEL, registered_names, split_name
 
 VARIANTS = ("", "outlier-keys", "long-keys", "4bit-weights")
 LONG_KEYS = 64.0
@@ -18,15 +24,16 @@ BLOCK = 64
 
 
 @lru_cache(maxsize=2)
-def load(name: str, variant: str = "", device: str = "cpu") -> tuple[Any, Any]:
+def load(name: str, variant: str = "", device: str = "") -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer, loaded once a process; nothing is downloaded.
 
     Args:
-        name: "needle", the model that comes with the library, or another that `load_model` knows.
+        name: "needle", the model that comes with the library, another that `load_model` knows, or
+            "tiny:NAME"; with "@4bit" or "@8bit" after it, in weights of so many bits.
         variant: Of needle: "outlier-keys" (some channels of keys enlarged, those of queries shrunk) or
             "long-keys" (all of them), both the same function to the bit at full precision; "4bit-weights"
             (weights of its layers rounded, another function); or empty.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; empty for `device_of`.
 
     Raises:
         ValueError: If there is no such model or variant.
@@ -35,12 +42,34 @@ def load(name: str, variant: str = "", device: str = "cpu") -> tuple[Any, Any]:
         raise ValueError(
             f"{name} has no variant {variant!r}: needle alone has any, {', '.join(VARIANTS[1:])}"
         )
-    model, tokenizer = load_model("needle-outliers" if variant == "outlier-keys" else name, device=device)
+    bare, weights = split_name("needle-outliers" if variant == "outlier-keys" else name)
+    if bare.startswith("tiny:"):
+        bare = str(_tiny(bare.removeprefix("tiny:")))
+    model, tokenizer = load_model(bare, device=device or device_of(name), weights=weights)
     if variant == "long-keys":
         lengthen_keys(model)
     if variant == "4bit-weights":
         round_weights(model, 4)
     return model, tokenizer
+
+
+def device_of(name: str) -> str:
+    """Where to measure a model if a claim does not say: needle on a CPU, others on CUDA if it is there."""
+    return "cuda" if torch.cuda.is_available() and not name.startswith(DEFAULT_MODEL) else "cpu"
+
+
+def folder_of(name: str) -> Path:
+    """The folder that holds a model's files."""
+    bare, _ = split_name(name)
+    return cached_folder(find(bare)) if bare in registered_names() else Path(bare)
+
+
+@lru_cache(maxsize=4)
+def _tiny(name: str) -> Path:
+    """A tiny checkpoint of a registered architecture, which goes with this process."""
+    place = Path(tempfile.mkdtemp(prefix="turboquant-tiny-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return write_checkpoint(name, place / name)
 
 
 @torch.no_grad()

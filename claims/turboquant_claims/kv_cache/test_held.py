@@ -50,6 +50,7 @@ def test_generated_tokens(cell: Cell, model: str, record: Record) -> None:
     loaded, tokenizer = models.load(model)
     arm = make_arm(f"tq{cell['bits']}", window=cell["window"])
     ids = torch.tensor([tokenizer.encode("the secret code of the river is " * 8, add_special_tokens=False)])
+    ids = ids.to(loaded.device)
     cache: Any = arm.make_cache(loaded.config, seed=cell.seed, device=loaded.device, dtype=loaded.dtype)
     with torch.no_grad():
         out = loaded.generate(

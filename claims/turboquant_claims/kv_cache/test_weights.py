@@ -16,7 +16,7 @@ from turboquant_claims.kv_cache.test_retrieval import keep as keep_trials
 from turboquant_claims.kv_cache.test_retrieval import lost, trials
 from turboquant_claims.kv_cache.test_text import bits, divergences, keep, segments
 from turboquant_claims.ledger import Cell
-from turboquant_claims.run import DEFAULT_MODEL
+from turboquant_claims.models import DEFAULT_MODEL
 
 
 def bias_norms(folder: Path) -> list[float]:
@@ -40,7 +40,7 @@ def bias_norms(folder: Path) -> list[float]:
 @claim("dhawalc-bias-norms")
 def test_bias_norms(cell: Cell, model: str, record: Record) -> None:
     """Length of k_proj's bias in a layer, or the median over the layers."""
-    norms = bias_norms(Path(model))
+    norms = bias_norms(models.folder_of(model))
     which = cell["layer"]
     record.figure(statistics.median(norms) if which == "median" else norms[int(which)])
     record.note(norms=norms)
