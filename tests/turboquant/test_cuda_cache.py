@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import MODELS, prompt
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from turboquant.attention import attach, detach
 from turboquant.cache import TurboQuantCache, cache_argument
@@ -138,3 +138,23 @@ def test_generate() -> None:
     cache = TurboQuantCache(model.config, found, capacity=64)
     fixed = model.generate(ids, disable_compile=True, **{cache_argument(model): cache}, **settings)
     assert torch.equal(fixed, growing)
+
+
+# What inductor says of its own imports, of TF32 (which would change codes) and of how it splits a softmax.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_generate_compiled() -> None:
+    """generate() compiles the steps over a cache with a capacity by itself: one graph, replayed from CUDA."""
+    model = MODELS["llama-1-layer"]().cuda()
+    found = profile("4", window=4, sinks=2)
+    attach(model, found)
+    ids = prompt(2, 40).cuda()
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    growing = model.generate(ids, **settings)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cache = TurboQuantCache(model.config, found, capacity=64)
+    compiler = CompileConfig(fullgraph=True, dynamic=False, backend="inductor", mode="reduce-overhead")
+    fixed = model.generate(ids, compile_config=compiler, **{cache_argument(model): cache}, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(fixed, growing)
+    assert int(cache.get_seq_length()) == 51

@@ -234,6 +234,24 @@ def test_capacity_compiles_without_a_break(llama: PreTrainedModel) -> None:
         generate(llama, compiled.sequences, max_new_tokens=8, **{NAME: cache})
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # inductor's own
+def test_capacity_compiles_to_machine_code() -> None:
+    """By inductor, a minute or more on a CPU; tests/turboquant/test_cuda_cache.py has the same on a GPU."""
+    model = MODELS["llama-1-layer"]()
+    attach(model, COARSE)
+    plain = generate(model, SINGLE, max_new_tokens=6)
+    settings = CompileConfig(fullgraph=True, dynamic=False, backend="inductor", mode=None)
+    settings._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cache = TurboQuantCache(model.config, COARSE, capacity=40)
+    compiled = generate(model, SINGLE, max_new_tokens=6, compile_config=settings, **{NAME: cache})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(compiled.sequences, plain.sequences)
+    assert int(cache.get_seq_length()) == 35
+
+
 @torch.no_grad()
 def test_without_attach_dense_tensors_come_out(llama: PreTrainedModel) -> None:
     """A model that knows nothing of us decodes over the same codes, only not as cheaply."""
