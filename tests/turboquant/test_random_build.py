@@ -72,6 +72,14 @@ def test_weights_depend_on_seed_and_name_alone():
     assert all(torch.equal(short[name], first[name]) for name in short)
 
 
+def test_capped_scores_are_capped(monkeypatch):
+    """transformers' sdpa leaves the cap out, and is the default before 5.21."""
+    monkeypatch.setattr("transformers.Gemma2PreTrainedModel._supports_sdpa", True)
+    built = random_model(MODELS["gemma2"]().config, "cpu")
+    assert built.config._attn_implementation == "eager"
+    assert random_model(MODELS["llama"]().config, "cpu").config._attn_implementation == "sdpa"
+
+
 def test_tied_weights_take_memory_once():
     config = MODELS["gemma2"]().config
     assert config.tie_word_embeddings

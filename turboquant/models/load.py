@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboquant.models import Model, find, models
+from turboquant.models.random_build import attention_option, random_model
 from turboquant.models.tiny import MARK, write_checkpoint
 
 if TYPE_CHECKING:
@@ -138,7 +139,6 @@ def _folder(name: str) -> Path:
 
 
 def _random(model: Model, place: torch.device, kind: torch.dtype, layers: int | None) -> tuple[Any, Any]:
-    from turboquant.models.random_build import random_model
     from turboquant.needle import NeedleTokenizer
 
     config = model.make_config(**({} if layers is None else {"num_hidden_layers": layers}))
@@ -384,10 +384,7 @@ def _read(folder: Path, place: torch.device, kind: torch.dtype, weights: str) ->
         raise ValueError(
             f"the tokenizer of {folder} cannot be read: {_line(error)}; copy its files anew"
         ) from error
-    options = _quantization(weights, kind) | safe
-    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        # Before 5.21, transformers takes sdpa by default, which leaves the cap out without a word.
-        options["attn_implementation"] = "eager"
+    options = _quantization(weights, kind) | attention_option(config) | safe
     _check_memory(str(folder), config, place, WEIGHTS[weights] or float(kind.itemsize))
     direct = importlib.util.find_spec("accelerate") is not None
     if direct:  # onto the device, without all of the weights in the machine's memory first

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-__all__ = ["random_model"]
+__all__ = ["attention_option", "random_model"]
+
+
+def attention_option(config: PretrainedConfig) -> dict[str, str]:
+    """What transformers must be told so that a model attends as its configuration says; often nothing."""
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        # Before 5.21, transformers takes sdpa by default, which leaves the cap out without a word.
+        return {"attn_implementation": "eager"}
+    return {}
 
 
 @torch.no_grad()
@@ -42,7 +50,7 @@ def random_model(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype
+                config, dtype=dtype, **attention_option(config)
             )
     except (ValueError, KeyError) as error:
         raise ValueError(
