@@ -259,10 +259,18 @@ TRIALS = "accept = [0, 0.5], expected = 0.0, n = 20"
 
 
 def test_a_model_that_retrieves_nothing_settles_nothing(measurements: Measurements, tmp_path: Path) -> None:
-    """No loss among no right answer is no evidence."""
+    """No loss among no right answer is no evidence, nor is the likelihood of an answer that is not known."""
+    told = "the uncompressed model answers none of 20 haystacks"
     cell = a_cell(tmp_path, 'evaluation = "niah", bits = 4', kind="noninferior", values=TRIALS)
-    with pytest.raises(ValueError, match="is no proportion"):
-        run(test_retrieval.test_losses, cell, measurements, subject=CLEAN)
+    for check in (test_retrieval.test_losses, test_retrieval.test_lost_share):
+        with pytest.raises(GuardError, match=told):
+            run(check, cell, measurements, subject=CLEAN)
+    ordered = a_cell(tmp_path, 'evaluation = "niah", bits = 4, rival = "tq1"')
+    with pytest.raises(GuardError, match=told):
+        run(test_retrieval.test_answer_likelier_than_rivals, ordered, measurements, subject=CLEAN)
+    named = a_cell(tmp_path, 'evaluation = "niah", arm = "tq1"', kind="noninferior", values=TRIALS)
+    with pytest.raises(GuardError, match=told):
+        run(test_retrieval.test_lost_by_a_named_arm, named, measurements)
 
 
 def test_losses_are_counted_among_right_answers() -> None:

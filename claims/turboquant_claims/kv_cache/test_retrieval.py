@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from turboquant.evals.guards import GuardError
 from turboquant.evals.niah import Trial
 from turboquant_claims import claim
 from turboquant_claims.evidence import Record
@@ -13,8 +14,20 @@ from turboquant_claims.ledger import Cell
 
 
 def trials(measurements: Measurements, cell: Cell, model: str, *arms: str) -> list[list[Trial]]:
-    """For each arm one trial a haystack."""
-    return [[records[0] for records in series] for series in measurements.series(cell, model, *arms)]
+    """For each arm one trial a haystack.
+
+    Raises:
+        GuardError: The uncompressed model answers none of them.
+    """
+    exact, *found = (
+        [records[0] for records in series] for series in measurements.series(cell, model, EXACT, *arms)
+    )
+    if not any(trial.correct for trial in exact):
+        raise GuardError(
+            f"the uncompressed model answers none of {len(exact)} haystacks: what a cache does to retrieval "
+            "shows only on a model that retrieves"
+        )
+    return found
 
 
 def lost(exact: Sequence[Trial], found: Sequence[Trial]) -> tuple[int, int]:
@@ -82,10 +95,14 @@ def test_lost_share(
 def test_answer_likelier_than_rivals(
     cell: Cell, subject: CacheUnderTest, model: str, record: Record, measurements: Measurements
 ) -> None:
-    """Mean negative log-likelihood of the answer's digits under the rival, less that under the subject."""
+    """Mean negative log-likelihood of the answer's digits under the rival, less that under the subject.
+
+    Of the haystacks that the uncompressed model answers: of others, no answer's likelihood means anything.
+    """
     arm, rival = subject.arm(cell["bits"]), cell["rival"]
-    ours, theirs = trials(measurements, cell, model, arm, rival)
-    record.paired([number(trial.nll) for trial in theirs], [number(trial.nll) for trial in ours])
+    exact, ours, theirs = trials(measurements, cell, model, EXACT, arm, rival)
+    right = [i for i, trial in enumerate(exact) if trial.correct]
+    record.paired([number(theirs[i].nll) for i in right], [number(ours[i].nll) for i in right])
     keep(record, cell, **{arm: ours, rival: theirs})
 
 
