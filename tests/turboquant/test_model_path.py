@@ -6,6 +6,7 @@ Tiny checkpoints with random weights stand for the real ones, and are loaded by 
 import copy
 import hashlib
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -357,3 +358,89 @@ def test_every_command_measures_a_folder(checkpoint, name, tmp_path):
 def run(command, *arguments):
     environment = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     return CliRunner().invoke(app, [command, *map(str, arguments)], env=environment)
+
+
+# What only some have
+
+
+def test_the_text_decoder_of_a_vision_language_checkpoint_is_what_is_loaded(checkpoint):
+    """Files of pictures and of multi-token prediction are there, as on the hub, and are left out."""
+    folder = checkpoint("qwen3.6-27b")
+    model, _ = load_model(str(folder), device="cpu")
+    assert type(model).__name__ == "Qwen3_5ForCausalLM"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    kinds = {key.removeprefix("model.").split(".")[0] for key in index}
+    assert kinds == {"language_model", "visual", "mtp", "lm_head"}
+    for key, weight in model.state_dict().items():
+        name = key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key
+        with safe_open(folder / index[name], framework="pt") as tensors:
+            assert torch.equal(tensors.get_tensor(name).float(), weight)
+
+
+SHAPES = {
+    64: ("qwen2.5-3b", {"hidden_size": 896, "num_attention_heads": 14}),
+    96: (
+        "llama-3.1-8b",
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "hidden_size": 3072,
+            "num_key_value_heads": 32,
+            "sliding_window": 262144,
+            "rope_scaling": {"type": "longrope", "long_factor": [2.0] * 48, "short_factor": [1.0] * 48},
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+        },
+    ),
+}
+"""Head dimensions that no registered model has: of Qwen2.5 0.5B, and of Phi-3 mini with 128k tokens."""
+
+
+@pytest.mark.parametrize("dim", SHAPES)
+def test_other_head_dimensions_go_the_same_way(dim, tmp_path):
+    name, changes = SHAPES[dim]
+    found = find(name)
+    folder = write_checkpoint(
+        found.model_copy(update={"name": f"d{dim}", "config": found.config | changes}), tmp_path / "model"
+    )
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert {layer.head_dim for layer in kv_layers(read_config(folder))} == {dim}
+    model, _ = load_model(str(folder), device="cpu")
+    attach(model, "conservative")
+    assert torch.isfinite(model(torch.arange(8, 208)[None]).logits).all()
+    asked = ["--model", folder, "--contexts", 200, "--arms", "tq3", "--window", 0]
+    done = run("niah", *asked, "--text", tmp_path / "text.txt", "--json", tmp_path / "out", "--trials", 1)
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()[1:]]
+    assert [record["broken"] for record in records] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("llama-3.1-8b", "4bit"), ("qwen3.6-27b", "8bit"), ("qwen2.5-7b", "8bit")]
+)
+def test_weights_of_fewer_bits_go_the_same_way(checkpoint, name, weights, tmp_path):
+    """Another model on which caches are compared as on the first; records say so."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    folder = checkpoint(name)
+    ids = torch.arange(8, 72)[None]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of bitsandbytes, about what it casts
+        fewer, _ = load_model(str(folder), device="cpu", weights=weights)
+        logits = fewer(ids).logits
+        error = relative(logits, load_model(str(folder), device="cpu")[0](ids).logits)
+        assert 1e-3 < error < 0.8
+        attach(fewer, profile("2", window=4))
+        assert relative(fewer(ids).logits, logits) > 1e-3
+        detach(fewer)
+        assert torch.equal(fewer(ids).logits, logits)
+        asked = ["--model", folder, "--weights", weights, "--contexts", 200, "--arms", "tq3", "--window", 0]
+        asked += ["--text", tmp_path / "text.txt", "--json", tmp_path / "out"]
+        done = run("perplexity", *asked, "--segments", 1, "--scored", 16)
+    assert done.exit_code == 0, done.output
+    settings, *records = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert settings["source"] == {"kind": "tiny", "name": str(folder), "revision": None, "weights": weights}
+    assert [record["broken"] for record in records] == [None, None]
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())

@@ -35,7 +35,7 @@ MARK = "turboquant_tiny"
 """Entry of config.json that says whose tiny checkpoint it is: such weights must not pass for real ones."""
 
 HIDDEN = 64
-MLP = 96
+MLP = 128
 KV_HEADS = 2
 FULL_LAYERS = 2
 LINEAR_DIM = 32
@@ -165,14 +165,19 @@ def _tiny_entries(entries: Mapping[str, Any], special: Mapping[str, int]) -> dic
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     kept = min(kv_heads, KV_HEADS)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     text |= {
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
         "vocab_size": VOCABULARY,
         "num_attention_heads": kept * heads // kv_heads,
         "num_key_value_heads": kept,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
     }
+    # Without an entry of its own, head_dim follows from the width; many heads on one KV head need their own.
+    if "head_dim" in text or heads > kv_heads:
+        text["head_dim"] = head_dim
+    else:
+        text["hidden_size"] = kept * head_dim
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     text["num_hidden_layers"] = layers = _layers(kinds)
     if "layer_types" in text:
@@ -212,7 +217,7 @@ def _layers(kinds: Sequence[str]) -> int:
 def _write_weights(entries: Mapping[str, Any], folder: Path, seed: int) -> None:
     config = read_config(entries)
     text = config.get_text_config(decoder=True)
-    text.initializer_range = config.initializer_range = (SCORE_SPREAD / HIDDEN) ** 0.5
+    text.initializer_range = config.initializer_range = (SCORE_SPREAD / text.hidden_size) ** 0.5
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = _build(config)
@@ -224,7 +229,7 @@ def _write_weights(entries: Mapping[str, Any], folder: Path, seed: int) -> None:
         state: dict[str, Tensor] = model.to(text.dtype).state_dict()
         if entries.get("text_config", entries).get("mtp_num_hidden_layers"):
             # Of the layer for multi-token prediction, which transformers leaves out.
-            state["mtp.fc.weight"] = torch.randn(HIDDEN, 2 * HIDDEN).to(text.dtype)
+            state["mtp.fc.weight"] = torch.randn(text.hidden_size, 2 * text.hidden_size).to(text.dtype)
     half = sum(tensor.nbytes for tensor in state.values()) // 2
     model.save_pretrained(folder, state_dict=state, max_shard_size=half)
 
