@@ -14,6 +14,7 @@ from torch import Tensor
 from turboquant.cache import vector_codec
 from turboquant.quantizers import MseQuantizer, ProdQuantizer
 from turboquant_kernels.packed_kv import BLOCK, PackedKV
+from turboquant_kernels.packed_kv.codec import _codes as codes_of
 from turboquant_kernels.packed_kv.layout import pack, unpack, words_per_block
 
 B, G, D = 2, 2, 16
@@ -44,6 +45,18 @@ def contents(kv: PackedKV) -> tuple[Tensor, Tensor]:
     keys, values = copied.update(probe, probe, "raw").dense()
     length = int(kv.length)
     return keys[:, :, :length], values[:, :, :length]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 300])
+def test_codes_count_the_thresholds_passed(bits: int, count: int) -> None:
+    """However they are counted; a coordinate on a threshold has passed it."""
+    (run,) = codec(bits, dim=128).coded
+    z = torch.randn(count, 128, generator=torch.Generator().manual_seed(bits))
+    z.view(-1)[: len(run.thresholds)] = run.thresholds[:128]
+    z[0, -2:] = torch.tensor([-99.0, 99.0])
+    expected = (z[..., None] >= run.thresholds).sum(-1)
+    assert torch.equal(codes_of(z, run.thresholds).long(), expected)
 
 
 class TestLayout:

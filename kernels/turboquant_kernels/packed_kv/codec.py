@@ -24,6 +24,10 @@ __all__ = ["Codec", "GroupCodec", "Rotation", "Run", "Sketch", "Term", "VectorCo
 # float32 loses digits to subnormals below this sum of squares; such a norm is 0 in fp16 anyway.
 _SMALLEST = 1e-25
 
+# On a CPU, coordinates are compared with so few thresholds one by one, and so many at once.
+_FEW = 15
+_AT_ONCE = 1 << 15
+
 
 class Rotation(Protocol):
     """An orthogonal map of vectors (..., d) float32."""
@@ -176,8 +180,7 @@ class GroupCodec:
         z.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         parts = torch.split(z, [run.width for run in self.coded], dim=-1)
         codes = [
-            torch.bucketize(part.contiguous(), run.thresholds, right=True, out_int32=True).to(torch.uint8)
-            for run, part in zip(self.coded, parts, strict=True)
+            _codes(part.contiguous(), run.thresholds) for run, part in zip(self.coded, parts, strict=True)
         ]
         scales = [norms.half()]
         if self.sketch is not None:
@@ -351,6 +354,21 @@ class VectorCodec:
         between = (1,) * (x.ndim - 3)
         index = self.order.long().view(1, self.order.shape[0], *between, self.dim)
         return index.expand(x.shape[0], -1, *x.shape[2:-1], -1)
+
+
+def _codes(z: Tensor, thresholds: Tensor) -> Tensor:
+    """How many thresholds are <= each coordinate, uint8."""
+    searched = torch.compiler.is_compiling() or z.device.type != "cpu" or not 0 < len(thresholds) <= _FEW
+    if searched:
+        return torch.bucketize(z, thresholds, right=True, out_int32=True).to(torch.uint8)
+    # A search branches at every step; a few comparisons of what lies in the processor's cache do not.
+    codes = torch.zeros(z.shape, dtype=torch.uint8)
+    passed = torch.empty(min(_AT_ONCE, z.numel()), dtype=torch.bool)
+    for part, count in zip(*(torch.split(x.view(-1), _AT_ONCE) for x in (z, codes)), strict=True):
+        for threshold in thresholds.tolist():
+            torch.ge(part, threshold, out=passed[: len(part)])
+            count.add_(passed[: len(part)].view(torch.uint8))
+    return codes
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
