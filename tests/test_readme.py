@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from turboquant.models.commands import app as model_commands
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -59,3 +61,20 @@ def test_adapter_example_is_short_and_refuted(tmp_path: Path) -> None:
     }
     assert "refuted" in verdicts
     assert (tmp_path / "out/report.html").exists()
+
+
+def test_environments_and_commands_of_models_exist() -> None:
+    """Each environment is listed by tox, and each command is one of `turboquant models`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tox", "list", "--no-desc"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    named = re.findall(r"tox -e ([\w.,-]+)", README)
+    assert {"needle", "qwen2.5-3b", "llama-3.1-8b", "model", "gpu"} <= set(named)
+    assert {name for names in named for name in names.split(",")} <= set(done.stdout.split())
+    lines = block("console", "turboquant models list").strip().splitlines()
+    known = {command.callback.__name__ for command in model_commands.registered_commands if command.callback}
+    assert {line.split()[2] for line in lines} <= {name.removesuffix("_models") for name in known}
