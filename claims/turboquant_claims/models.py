@@ -156,7 +156,7 @@ def _folder(given: str, weights: str) -> Chosen:
     ]
     return Chosen(
         given,
-        "folder",
+        "tiny" if MARK in entries else "folder",
         registered=alike[0] if len(alike) == 1 else "",
         context=context if isinstance(context, int) else 0,
         weights=weights,
