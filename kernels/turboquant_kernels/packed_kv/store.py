@@ -66,6 +66,10 @@ class Half:
         yield from (*self.words, *self.scales, self.recent, self.sinks)
         yield from self.codec.tensors()
 
+    def shared(self) -> Half:
+        """Another half of the same tensors; compilers do not look into `copy.copy`."""
+        return Half(self.codec, self.side, self.words, self.scales, self.recent, self.sinks)
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Half:
         """The same half with every tensor but the tables changed."""
         return Half(
@@ -328,8 +332,8 @@ class PackedKV:
             raw = (found[0], found[1])
             self._advance(count)
         return Reading(
-            keys=copy.copy(self.keys),
-            values=copy.copy(self.values),
+            keys=self.keys.shared(),
+            values=self.values.shared(),
             raw_keys=raw[0],
             raw_values=raw[1],
             raw_tokens=tokens,
