@@ -51,9 +51,10 @@ def contents(kv: PackedKV) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("count", [1, 300])
 def test_codes_count_the_thresholds_passed(bits: int, count: int) -> None:
     """However they are counted; a coordinate on a threshold has passed it."""
-    (run,) = codec(bits, dim=128).coded
+    (run,) = codec(bits, dim=128).groups[0].coded
     z = torch.randn(count, 128, generator=torch.Generator().manual_seed(bits))
-    z.view(-1)[: len(run.thresholds)] = run.thresholds[:128]
+    on = run.thresholds[:100]
+    z[0, : len(on)] = on
     z[0, -2:] = torch.tensor([-99.0, 99.0])
     expected = (z[..., None] >= run.thresholds).sum(-1)
     assert torch.equal(codes_of(z, run.thresholds).long(), expected)
