@@ -1,6 +1,6 @@
 """Compile the decode kernel for sm_90 without a device, and print what its machine code is made of (JSON).
 
-python compiled.py KEY_BITS VALUE_BITS HEAD_DIM ROWS BLOCKS [REGISTERS]
+python compiled.py KEYS VALUES HEAD_DIM ROWS BLOCKS [REGISTERS]; KEYS and VALUES as the benchmark names them.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ def loops(sass: str) -> list[Counter[str]]:
     return bodies
 
 
-def main(key_bits: int, value_bits: int, dim: int, rows: int, blocks: int, registers: int = 0) -> None:
+def main(keys: str, values: str, dim: int, rows: int, blocks: int, registers: int = 0) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    from turboquant_kernels.benchmarks.decode import mean_bits, runs_of
     from turboquant_kernels.decode.launch import settings_for
     from turboquant_kernels.decode.sm90 import source_for
 
-    how = settings_for(rows, dim, key_bits, value_bits, blocks)
+    how = settings_for(rows, dim, mean_bits(keys), mean_bits(values), blocks)
     how = replace(how, registers=registers or how.registers)
     source = source_for(
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
-        WARPS=how.warps, SOFTCAP=False, DEPENDENTS=True,
+        **runs_of(keys, values, dim), QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps, SOFTCAP=False,
+        DEPENDENTS=True,
     )  # fmt: skip
     options = {"num_warps": how.warps, "maxnreg": how.registers}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -60,4 +61,4 @@ def main(key_bits: int, value_bits: int, dim: int, rows: int, blocks: int, regis
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

@@ -13,14 +13,24 @@ import torch
 from torch import Tensor
 
 from turboquant_kernels import registers
+from turboquant_kernels.decode.unpack import Codes
 
 FIXED = 32512.0
 
 
-def whole_levels(words: Tensor, bits: int, positive: tuple[int, ...], unpack) -> Tensor:
-    """(B, G, tokens, D) levels L of L + 1/2."""
-    table = torch.tensor([-1 - level for level in reversed(positive)] + list(positive), device=words.device)
-    return table[unpack(words, bits, words.shape[-1] // bits).flatten(2, 3).long()]
+def whole_levels(codes: Codes, unpack) -> list[Tensor]:
+    """Of each run, (B, G, tokens, width) levels L of L + 1/2."""
+    found = []
+    for words, bits, positive in zip(codes.words, codes.bits, codes.levels, strict=True):
+        both = [-1 - level for level in reversed(positive)] + list(positive)
+        table = torch.tensor(both, device=words.device)
+        found.append(table[unpack(words, bits, words.shape[-1] // bits).flatten(2, 3).long()])
+    return found
+
+
+def by_norm(runs: list[Tensor], norms: int) -> list[Tensor]:
+    """Runs that share a norm, side by side."""
+    return [torch.cat(runs, dim=-1)] if norms == 1 else runs
 
 
 def fixed_queries(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,30 +42,34 @@ def fixed_queries(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_codes(
-    query: Tensor, key_words: Tensor, value_words: Tensor, key_norms: Tensor, value_norms: Tensor, *,
-    levels: tuple[tuple[int, ...], tuple[int, ...]], key_bits: int, value_bits: int, key_scale: float,
-    value_scale: float, softmax_scale: float, queries_per_head: int, length: int, moving: int = 0,
-    skipped: int = 0, first: Tensor | None = None,
-    softcap: float | None = None, subs: int = 1, warps: int = 4, splits: int = 3,
-    headroom: float = 36.0,
-    floor: int = 0,
+    query: Tensor, keys: Codes, values: Codes, *, softmax_scale: float, queries_per_head: int, length: int,
+    moving: int = 0, skipped: int = 0, first: Tensor | None = None, softcap: float | None = None,
+    subs: int = 1, warps: int = 4, splits: int = 3, headroom: float = 36.0, floor: int = 0,
     raw: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""
     batch, heads, rows, dim = query.shape
-    keys = whole_levels(key_words, key_bits, levels[0], registers.unpack_keys)
-    values = whole_levels(value_words, value_bits, levels[1], registers.unpack_values).float()
-    parts, unit = fixed_queries(query.float())
-    high, low = (part.double() @ keys.double().mT for part in parts)
-    halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
-    score = (high * 256 + low + ((halves + 1) >> 1)).float()  # whole numbers below 2^31, rounded once
-    score = score * key_norms.float()[:, :, None]
-    scale = unit * (softmax_scale * math.log2(math.e) / (key_scale * math.sqrt(dim)))
-    score = score * scale
+    # The second run's levels count for more or less: in the query, and at the end in the outputs.
+    relative = [
+        torch.cat(
+            [query.new_full((w,), side.units[0] / u) for w, u in zip(side.widths, side.units, strict=True)]
+        )
+        for side in (keys, values)
+    ]
+    scaled = by_norm(list(torch.split(query.float() * relative[0], keys.widths, dim=-1)), len(keys.norms))
+    key_levels = by_norm(whole_levels(keys, registers.unpack_keys), len(keys.norms))
+    score = torch.zeros(())
+    for part, levels, norms in zip(scaled, key_levels, keys.norms, strict=True):
+        parts, unit = fixed_queries(part)
+        high, low = (byte.double() @ levels.double().mT for byte in parts)
+        halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
+        whole = (high * 256 + low + ((halves + 1) >> 1)).float()  # whole numbers below 2^31, rounded once
+        scale = unit * (softmax_scale * math.log2(math.e) / keys.units[0])
+        score = score + whole * norms.float()[:, :, None] * scale
     if softcap is not None:
         cap = softcap * math.log2(math.e)
         score = cap * torch.tanh(score / cap)
-    tokens = key_norms.shape[-1]
+    tokens = keys.norms[0].shape[-1]
     place = torch.arange(tokens, device=query.device)
     limit = (length + moving * (torch.arange(rows, device=query.device) % queries_per_head)).clamp_min(floor)
     begin = torch.full((batch, 1, 1, 1), skipped, device=query.device)
@@ -66,25 +80,29 @@ def attend_codes(
     step_tokens = 32 * subs * warps
     pad = -tokens % step_tokens
     score = torch.nn.functional.pad(score, (0, pad), value=-torch.inf)
-    norms = torch.nn.functional.pad(value_norms.float(), (0, pad))
-    values = torch.nn.functional.pad(values, (0, 0, 0, pad))
+    norms = torch.nn.functional.pad(torch.stack(values.norms).float(), (0, pad))
+    value_levels = torch.cat(whole_levels(values, registers.unpack_values), dim=-1).float()
+    value_levels = torch.nn.functional.pad(value_levels, (0, 0, 0, pad))
+    # Which norm each coordinate's probabilities are multiplied with.
+    norm_of = torch.arange(len(values.widths)).clamp_max(len(norms) - 1)
+    norm_of = norm_of.repeat_interleave(torch.tensor(values.widths)).to(query.device)
     steps = score.shape[-1] // step_tokens
     # (B, G, rows, step, sub, warp, 32) -> a warp's tokens of a step side by side
     score = score.unflatten(-1, (steps, subs, warps, 32)).transpose(-3, -2).flatten(-2)
-    norms = norms.unflatten(-1, (steps, subs, warps, 32)).transpose(-3, -2).flatten(-2)[:, :, None]
-    values = (
-        values.unflatten(-2, (steps, subs, warps, 32)).transpose(-4, -3).flatten(-3, -2)
+    norms = norms.unflatten(-1, (steps, subs, warps, 32)).transpose(-3, -2).flatten(-2)[:, :, :, None]
+    value_levels = (
+        value_levels.unflatten(-2, (steps, subs, warps, 32)).transpose(-4, -3).flatten(-3, -2)
     )  # B G step warp t D
     outs, totals, references = [], [], []
     for split in range(splits):
         highest = score.new_full((batch, heads, rows, warps), -1e30)
-        reference, total, lengths = highest.clone(), torch.zeros_like(highest), torch.zeros_like(highest)
+        reference, total = highest.clone(), torch.zeros_like(highest)
+        lengths = torch.zeros(len(norms), *highest.shape, device=query.device)
         out = score.new_zeros(batch, heads, rows, warps, dim)
         for step in range(steps * split // splits, steps * (split + 1) // splits):
-            s, n = score[:, :, :, step], norms[:, :, :, step]
-            peak = (
-                (s + torch.log2(n.clamp_min(2.0**-24))).nan_to_num(nan=-torch.inf, posinf=torch.inf).amax(-1)
-            )
+            s, n = score[:, :, :, step], norms[:, :, :, :, step]  # (B, G, rows, warp, t), (norm, ...)
+            longest = n.nan_to_num(nan=0.0).amax(0).clamp_min(2.0**-24)
+            peak = (s + torch.log2(longest)).nan_to_num(nan=-torch.inf, posinf=torch.inf).amax(-1)
             highest = torch.maximum(highest, peak)
             moved = torch.maximum(peak, highest - headroom) - math.log2(FIXED)
             keep = torch.exp2(reference - moved)
@@ -92,14 +110,16 @@ def attend_codes(
             pv = torch.where(p > 0, p * n, 0.0)
             whole = torch.round(pv)
             assert float(whole.max()) < 127.5 * 256, "the high byte would overflow"
-            summed = torch.einsum("bgrwt,bgwtd->bgrwd", whole.double(), values[:, :, step].double()).float()
+            products = torch.einsum("nbgrwt,bgwtd->nbgrwd", whole.double(), value_levels[:, :, step].double())
+            summed = products.float().gather(0, norm_of.expand(1, *products.shape[1:]))[0]
             out = out * keep[..., None] + summed
             total = total * keep + p.sum(-1)
             lengths = lengths * keep + pv.sum(-1)
             reference = moved
         top = reference.amax(-1, keepdim=True)
         share = torch.exp2(reference - top)
-        outs.append(((out + 0.5 * lengths[..., None]) * share[..., None]).sum(-2))
+        halves = 0.5 * lengths[norm_of].movedim(0, -1)
+        outs.append(((out + halves) * share[..., None]).sum(-2))
         totals.append((total * share).sum(-1))
         references.append(top[..., 0])
     reference = torch.stack(references)
@@ -110,5 +130,5 @@ def attend_codes(
         raw_share = torch.exp2(raw[1][..., 0] - top)
         total = total + (raw[1][..., 1] * raw_share)[..., None]
         raw[0].mul_(raw_share[..., None]).div_(total.clamp_min(1e-30))
-    out = (torch.stack(outs) * share[..., None]).sum(0) / (value_scale * math.sqrt(dim)) / total
+    out = (torch.stack(outs) * share[..., None]).sum(0) * relative[1] / values.units[0] / total
     return torch.where(total == 0, 0.0, out)

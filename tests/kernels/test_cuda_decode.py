@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from turboquant.cache import vector_codec
+from turboquant.profiles import profile
 from turboquant_kernels.decode import Attention, attend, choose
 from turboquant_kernels.packed_kv import PackedKV, Reading
+from turboquant_kernels.packed_kv.store import Half
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -19,16 +21,27 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def decoded(half: Half, tokens: int) -> Tensor:
+    """The vectors that codes stand for, (B, G, tokens, D) float64."""
+    parts = []
+    for group, term in zip(half.codec.groups, half.terms(0, tokens), strict=True):
+        basis = group.rotation.forward(torch.eye(group.dim, device=DEVICE)).double()
+        factors = term.factors.double()[..., None] / group.dim**0.5
+        parts.append(term.coefficients.double() * factors @ basis.T)
+    joined = torch.cat(parts, dim=-1)
+    if half.codec.order is None:
+        return joined
+    channels = half.codec.order.long()[:, None].expand_as(joined)
+    return torch.empty_like(joined).scatter_(-1, channels, joined)
+
+
 def exact(query: Tensor, reading: Reading, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """Float64 attention over sinks, raw tokens and decoded codes, and sum p |v|."""
     sides = []
     for half, raw in ((reading.keys, reading.raw_keys), (reading.values, reading.raw_values)):
         coded = raw[:, :, :0].double()
         if int(reading.encoded):
-            (term,) = half.terms(0, int(reading.encoded))
-            group = half.codec.groups[0]
-            basis = group.rotation.forward(torch.eye(group.dim, device=raw.device)).double()
-            coded = term.coefficients.double() * term.factors.double()[..., None] / group.dim**0.5 @ basis.T
+            coded = decoded(half, int(reading.encoded))
         sides.append(torch.cat([half.sinks.double(), raw.double(), coded], dim=2))
     batch = query.shape[0]
     first = torch.zeros(batch, device=DEVICE) if reading.first is None else reading.first
@@ -70,21 +83,36 @@ def error(attention: Attention, query: Tensor, reading: Reading, softcap: float 
 @pytest.mark.parametrize("capacity", [None, 6000])
 @pytest.mark.parametrize(("window", "sinks"), [(128, 4), (0, 0), (33, 0)])
 @pytest.mark.parametrize(
-    ("bits", "dim", "groups", "dtype"),
+    ("parts", "groups", "dtype", "split"),
     [
-        ((4, 4), 128, 4, torch.bfloat16),
-        ((3, 3), 128, 7, torch.float32),
-        ((2, 2), 128, 1, torch.float16),
-        ((4, 2), 64, 4, torch.bfloat16),
-        ((4, 4), 256, 2, torch.bfloat16),
-        ((1, 1), 128, 16, torch.float16),
+        ((((128, 4),), ((128, 4),)), 4, torch.bfloat16, "oblivious"),
+        ((((128, 3),), ((128, 3),)), 7, torch.float32, "oblivious"),
+        ((((128, 2),), ((128, 2),)), 1, torch.float16, "oblivious"),
+        ((((64, 4),), ((64, 2),)), 4, torch.bfloat16, "oblivious"),
+        ((((256, 4),), ((256, 4),)), 2, torch.bfloat16, "oblivious"),
+        ((((128, 1),), ((128, 1),)), 16, torch.float16, "oblivious"),
+        *(
+            (parts, groups, dtype, split)
+            for parts, groups, dtype in (
+                ((((32, 4), (96, 3)),) * 2, 4, torch.bfloat16),
+                ((((32, 3), (96, 2)),) * 2, 8, torch.float32),
+                ((((64, 4), (64, 3)), ((128, 2),)), 1, torch.float16),
+                ((((128, 4),), ((32, 3), (96, 2))), 4, torch.bfloat16),
+                ((((32, 4), (32, 3)),) * 2, 4, torch.bfloat16),
+                ((((64, 4), (192, 3)),) * 2, 2, torch.bfloat16),
+            )
+            for split in ("outlier", "oblivious")
+        ),
     ],
+    ids=str,
 )
-def test_against_float64(bits, dim, groups, dtype, window, sinks, capacity) -> None:
-    codecs = [vector_codec(dim, ((dim, b),), seed=b) for b in bits]
+def test_against_float64(parts, split, groups, dtype, window, sinks, capacity) -> None:
+    dim = sum(width for width, _ in parts[0])
+    codecs = [vector_codec(dim, part, seed=i, split=split) for i, part in enumerate(parts)]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
     total = 5000
     keys, values = (normal(2, 2, total, dim, seed=s, dtype=dtype) for s in (1, 2))
+    keys[:, :, :, 5:dim:7] *= 4  # outlier channels
     query = normal(2, 2 * groups, total, dim, seed=3, dtype=dtype)
     attention = choose("gluon")
     kv.pad(torch.tensor([0, 17], device=DEVICE))
@@ -125,11 +153,14 @@ def test_appended_codes_are_the_cpus_bytes(bits, dim, capacity) -> None:
             assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8).cpu())
 
 
-def test_a_captured_step_goes_on_as_an_eager_one() -> None:
+@pytest.mark.parametrize(
+    ("parts", "split"),
+    [(((128, 4),), "outlier"), (((32, 4), (96, 3)), "outlier"), (((32, 3), (96, 2)), "oblivious")],
+)
+def test_a_captured_step_goes_on_as_an_eager_one(parts, split) -> None:
     def store(capacity: int | None) -> PackedKV:
-        made = PackedKV(
-            *(vector_codec(128, ((128, 4),), seed=s) for s in (1, 2)), window=32, capacity=capacity
-        )
+        codecs = (vector_codec(128, parts, seed=s, split=split) for s in (1, 2))
+        made = PackedKV(*codecs, window=32, capacity=capacity)
         made.update(keys[:, :, :1000], values[:, :, :1000])
         return made
 
@@ -163,3 +194,39 @@ def test_a_captured_step_goes_on_as_an_eager_one() -> None:
         reading = eager.update(keys[:, :, t : t + 1], values[:, :, t : t + 1])
         assert (out - attend(query[:, :, t : t + 1], reading, scale=0.1)).abs().max() < 4e-3
     assert int(fixed.length) == 1100
+
+
+@pytest.mark.parametrize(
+    "name", ["conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious", "4"]
+)
+def test_what_users_get_runs_on_the_kernel(name) -> None:
+    """`auto` takes it for the profiles' codecs, and says so."""
+    chosen = profile(name)
+    codecs = [
+        vector_codec(128, chosen.parts(bits, 128), seed=i, split=chosen.split)
+        for i, bits in enumerate((chosen.key_bits, chosen.value_bits))
+    ]
+    kv = PackedKV(*codecs, window=chosen.window, sinks=chosen.sinks)
+    keys, values, query = (
+        normal(1, heads, 700, 128, seed=heads, dtype=torch.bfloat16) for heads in (2, 2, 8)
+    )
+    kv.update(keys[:, :, :699], values[:, :, :699])
+    attention = choose("auto")
+    assert error(attention, query[:, :, 699:], kv.update(keys[:, :, 699:], values[:, :, 699:])) < TOLERANCE
+    assert attention.reason is None
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_more_bits_run_on_torch_and_say_why(bits) -> None:
+    kv = PackedKV(*(vector_codec(128, ((128, bits),), seed=s) for s in (1, 2)), window=16, sinks=2)
+    keys, values, query = (normal(2, heads, 900, 128, seed=heads, dtype=torch.float32) for heads in (2, 2, 8))
+    kv.update(keys[:, :, :899], values[:, :, :899])
+    reading = kv.update(keys[:, :, 899:], values[:, :, 899:])
+    attention = choose("auto")
+    found = attention(query[:, :, 899:], reading, scale=0.1)
+    expected, total = exact(query[:, :, 899:], reading, 0.1, None)
+    assert float(((found.double() - expected).norm(dim=-1, keepdim=True) / total).max()) < TOLERANCE
+    assert attention.decoding == "torch"
+    assert "of 1, 2, 3 or 4 bits each" in str(attention.reason)
+    with pytest.raises(ValueError, match="cannot do this decoding step: keys must have"):
+        choose("gluon")(query[:, :, 899:], reading, scale=0.1)

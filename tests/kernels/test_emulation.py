@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulation
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turboquant.codebook import grid_codebook
 from turboquant_kernels import registers
+from turboquant_kernels.decode.unpack import Codes
 
 TOLERANCE = 1e-3  # of sum p |v|
 
@@ -29,48 +30,76 @@ def positive_levels(bits: int, dim: int) -> tuple[tuple[int, ...], float]:
     raise AssertionError("these levels lie on no int8 grid")
 
 
+WHOLE = {bits: ((128, bits, 0),) for bits in (1, 2, 3, 4)}
+# (width, bits, norm) of each run of 128 coordinates.
+SPLITS = {
+    "3.5 oblivious": ((32, 4, 0), (96, 3, 0)),
+    "2.5 oblivious": ((32, 3, 0), (96, 2, 0)),
+    "3.5 outliers": ((32, 4, 0), (96, 3, 1)),
+    "2.5 outliers": ((32, 3, 0), (96, 2, 1)),
+    "nominal 2.5": ((64, 3, 0), (64, 2, 1)),
+    "1.5 oblivious": ((32, 2, 0), (96, 1, 0)),
+}
+Runs = tuple[tuple[int, int, int], ...]
+
+
 @dataclass
 class Layer:
     """Packed random codes: every bit pattern is a code."""
 
-    words: list[Tensor]
-    norms: list[Tensor]
-    bits: tuple[int, int]
+    keys: Codes
+    values: Codes
     dim: int
 
     @staticmethod
-    def random(heads: int, tokens: int, bits: tuple[int, int] = (4, 4), dim: int = 128, batch: int = 1,
-               seed: int = 0, norm: float = 11.0) -> Layer:  # fmt: skip
+    def random(
+        heads: int, tokens: int, keys: Runs = WHOLE[4], values: Runs | None = None, batch: int = 1,
+        seed: int = 0, norm: float = 11.0,
+    ) -> Layer:  # fmt: skip
         source = torch.Generator().manual_seed(seed)
         blocks = -(-tokens // 32)
-        words = [
-            torch.randint(-(2**31), 2**31, (batch, heads, blocks, dim * b), generator=source).int()
-            for b in bits
-        ]
-        norms = [
-            (around * (0.8 + 0.4 * torch.rand(batch, heads, 32 * blocks, generator=source))).half()
-            for around in (norm, 1.0)
-        ]
-        return Layer(words, norms, bits, dim)
+
+        def side(runs: Runs, around: float) -> Codes:
+            words = [
+                torch.randint(-(2**31), 2**31, (batch, heads, blocks, width * bits), generator=source).int()
+                for width, bits, _ in runs
+            ]
+            # The norms of two parts differ by far, as those of outlier channels and of the others do.
+            norms = [
+                (
+                    around * 5.0**-i * (0.8 + 0.4 * torch.rand(batch, heads, 32 * blocks, generator=source))
+                ).half()
+                for i in range(runs[-1][2] + 1)
+            ]
+            rotated = [sum(w for w, _, other in runs if other == number) for _, _, number in runs]
+            grids = [positive_levels(bits, d) for (_, bits, _), d in zip(runs, rotated, strict=True)]
+            units = tuple(scale * math.sqrt(d) for (_, scale), d in zip(grids, rotated, strict=True))
+            return Codes(
+                tuple(words), tuple(norms), tuple(b for _, b, _ in runs), tuple(g[0] for g in grids), units
+            )
+
+        dim = sum(width for width, _, _ in keys)
+        return Layer(side(keys, norm), side(values or keys, 1.0), dim)
 
     def dense(self) -> list[Tensor]:
         found = []
-        unpackers = (registers.unpack_keys, registers.unpack_values)
-        for words, norms, bits, unpack in zip(self.words, self.norms, self.bits, unpackers, strict=True):
-            positive, scale = positive_levels(bits, self.dim)
-            both = [-x - 0.5 for x in reversed(positive)] + [x + 0.5 for x in positive]
-            levels = torch.tensor(both, dtype=torch.float64) / (scale * math.sqrt(self.dim))
-            codes = unpack(words, bits, self.dim).flatten(2, 3).long()
-            found.append((levels[codes] * norms.double()[..., None]).nan_to_num(0.0))
+        for side, unpack in ((self.keys, registers.unpack_keys), (self.values, registers.unpack_values)):
+            parts = []
+            for i, (words, bits, width) in enumerate(zip(side.words, side.bits, side.widths, strict=True)):
+                both = [-x - 0.5 for x in reversed(side.levels[i])] + [x + 0.5 for x in side.levels[i]]
+                levels = torch.tensor(both, dtype=torch.float64) / side.units[i]
+                codes = unpack(words, bits, width).flatten(2, 3).long()
+                parts.append(levels[codes] * side.norms[min(i, len(side.norms) - 1)].double()[..., None])
+            found.append(torch.cat(parts, dim=-1).nan_to_num(0.0))
         return found
 
     def attend(self, query: Tensor, **options) -> Tensor:
-        tables = [positive_levels(bits, self.dim) for bits in self.bits]
-        chosen = {"queries_per_head": 1, "length": self.norms[0].shape[-1], "softmax_scale": self.dim**-0.5}
-        return emulation.attend_codes(
-            query, *self.words, *self.norms, levels=tuple(t[0] for t in tables), key_bits=self.bits[0],
-            value_bits=self.bits[1], key_scale=tables[0][1], value_scale=tables[1][1], **(chosen | options),
-        )  # fmt: skip
+        chosen = {
+            "queries_per_head": 1,
+            "length": self.keys.norms[0].shape[-1],
+            "softmax_scale": self.dim**-0.5,
+        }
+        return emulation.attend_codes(query, self.keys, self.values, **(chosen | options))
 
 
 def error(
@@ -78,10 +107,10 @@ def error(
     skipped: int = 0, first: tuple[int, ...] | None = None, softcap: float | None = None, **options,
 ) -> float:  # fmt: skip
     """The largest error of an output row, divided by its sum p |v|; what nobody may see is poisoned."""
-    tokens = layer.norms[0].shape[-1]
+    tokens = layer.keys.norms[0].shape[-1]
     length = tokens if length is None else length
     begin = torch.tensor(first or (0,) * query.shape[0])
-    for norms in layer.norms:
+    for norms in (*layer.keys.norms, *layer.values.norms):
         norms[..., length + moving * (queries - 1) :] = math.nan
         for i, number in enumerate(begin.tolist()):
             norms[i, :, : number + skipped] = math.nan
@@ -112,8 +141,35 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (1, 1), (4, 2)])
 def test_random_codes(bits, dim):
-    layer = Layer.random(2, 900, bits, dim)
+    layer = Layer.random(2, 900, *(((dim, b, 0),) for b in bits))
     assert error(layer, normal(1, 2, 4, dim), length=877) < TOLERANCE
+
+
+@pytest.mark.parametrize("values", [*SPLITS, 4])
+@pytest.mark.parametrize("keys", SPLITS)
+def test_split_channels(keys, values):
+    runs = SPLITS[keys], (SPLITS | WHOLE)[values]
+    query = normal(2, 2, 4, 128)
+    layer = Layer.random(2, 700, *runs, batch=2)
+    assert error(layer, query, length=690, first=(0, 70), skipped=3) < TOLERANCE
+    # Queries that lie in one part almost alone.
+    query[:, :, :2, :32] *= 1e-3
+    query[:, :, 2:, 32:] *= 1e-3
+    assert error(Layer.random(2, 700, *runs, batch=2), query, softcap=4.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("split", ["3.5 oblivious", "3.5 outliers"])
+def test_the_second_run_has_its_own_unit(split, monkeypatch):
+    """Without the ratio of the runs' units, scores or outputs are off."""
+    layer = Layer.random(2, 500, SPLITS[split])
+    right = layer.dense()
+    monkeypatch.setattr(layer, "dense", lambda: right)
+    for side in ("keys", "values"):
+        kept = getattr(layer, side)
+        setattr(layer, side, replace(kept, units=kept.units[:1] * 2))
+        assert error(layer, normal(1, 2, 4, 128)) > TOLERANCE
+        setattr(layer, side, kept)
+    assert error(layer, normal(1, 2, 4, 128)) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 3000])
@@ -130,37 +186,46 @@ def test_several_queries_padding_sinks_and_softcap():
     assert error(Layer.random(2, 1000), normal(1, 2, 4, 128), softcap=3.0) < TOLERANCE
 
 
-def dominant(share: float, tokens: int) -> tuple[Layer, Tensor]:
+def dominant(share: float, tokens: int, runs: Runs = WHOLE[4]) -> tuple[Layer, Tensor]:
     """One token has about this share of the weight, over a background whose values do not cancel."""
-    layer = Layer.random(1, tokens)
-    layer.words[1].fill_(0x77777777)
+    layer = Layer.random(1, tokens, runs)
+    for words in layer.values.words:
+        words.fill_(0x77777777)
     target = layer.dense()[0][:, :, tokens // 3]
     gain = math.log(tokens * share / (1 - share)) * math.sqrt(128) / target.square().sum(-1, keepdim=True)
     return layer, ((target * gain)[:, :, None] * torch.tensor([1.0, 0.9, 1.1])[:, None]).float()
 
 
+@pytest.mark.parametrize("runs", [WHOLE[4], *(SPLITS[name] for name in SPLITS if "3.5" in name)], ids=str)
 @pytest.mark.parametrize("share", [0.5, 0.99])
-def test_one_dominant_token_over_a_faint_background(share):
-    assert error(*dominant(share, 16384)) < TOLERANCE
+def test_one_dominant_token_over_a_faint_background(share, runs):
+    assert error(*dominant(share, 16384, runs)) < TOLERANCE
 
 
-def test_equal_scores_huge_values_and_sharp_scores():
-    layer = Layer.random(1, 32768, (2, 2))
-    layer.words[1].fill_(0x77777777)
+@pytest.mark.parametrize(
+    "runs", [WHOLE[2], WHOLE[4], SPLITS["2.5 oblivious"], SPLITS["3.5 outliers"]], ids=str
+)
+def test_equal_scores_huge_values_and_sharp_scores(runs):
+    layer = Layer.random(1, 32768, runs)
+    for words in layer.values.words:
+        words.fill_(0x77777777)
     assert error(layer, torch.zeros(1, 1, 4, 128)) < TOLERANCE
     for scale in (1.0, 0.0):
-        layer = Layer.random(2, 4096)
-        layer.norms[1][..., 2001] = 1e4
-        layer.norms[1][..., 17] = 0.0
-        layer.norms[0][..., 18] = 0.0
+        layer = Layer.random(2, 4096, runs)
+        layer.values.norms[0][..., 2001] = 1e4
+        layer.values.norms[-1][..., 2002] = 1e4
+        layer.values.norms[0][..., 17] = 0.0
+        layer.keys.norms[-1][..., 18] = 0.0
         assert error(layer, scale * normal(1, 2, 4, 128)) < TOLERANCE
-    assert error(Layer.random(2, 3000, norm=300.0), 10 * normal(1, 2, 4, 128), length=2999) < TOLERANCE
+    assert error(Layer.random(2, 3000, runs, norm=300.0), 10 * normal(1, 2, 4, 128), length=2999) < TOLERANCE
 
 
-def test_nan_in_a_query_is_nan_in_its_row_alone():
-    layer = Layer.random(2, 500)
+@pytest.mark.parametrize("channel", [7, 77])
+@pytest.mark.parametrize("runs", [WHOLE[4], SPLITS["3.5 outliers"]], ids=str)
+def test_nan_in_a_query_is_nan_in_its_row_alone(runs, channel):
+    layer = Layer.random(2, 500, runs)
     query = normal(1, 2, 4, 128)
-    query[0, 1, 2, 77] = math.nan
+    query[0, 1, 2, channel] = math.nan
     expected = torch.zeros(1, 2, 4, 128, dtype=torch.bool)
     expected[0, 1, 2] = True
     assert torch.equal(torch.isnan(layer.attend(query)), expected)
@@ -173,7 +238,7 @@ def test_eight_bits_of_fixed_point_are_too_few(monkeypatch):
 
 def test_levels_without_their_halves_are_wrong(monkeypatch):
     whole = emulation.whole_levels
-    monkeypatch.setattr(emulation, "whole_levels", lambda *given: whole(*given) + 1)
+    monkeypatch.setattr(emulation, "whole_levels", lambda *given: [x + 1 for x in whole(*given)])
     assert error(Layer.random(2, 1000), normal(1, 2, 4, 128)) > TOLERANCE
 
 
@@ -181,11 +246,11 @@ def test_levels_without_their_halves_are_wrong(monkeypatch):
 def test_one_huge_value_does_not_coarsen_the_rest(headroom, enough):
     """Relative to a running maximum, what comes after a huge value of little weight would be rounded away."""
     layer = Layer.random(1, 4096)
-    layer.words[1].fill_(0x77777777)
-    layer.words[1][:, :, 0].fill_(-1)
-    layer.norms[1][..., :32] = 3e4
-    layer.norms[1][..., 1:32] = 0.0
-    layer.norms[0].fill_(1.0)
+    layer.values.words[0].fill_(0x77777777)
+    layer.values.words[0][:, :, 0].fill_(-1)
+    layer.values.norms[0][..., :32] = 3e4
+    layer.values.norms[0][..., 1:32] = 0.0
+    layer.keys.norms[0].fill_(1.0)
     assert (
         error(layer, torch.zeros(1, 1, 1, 128), headroom=headroom, warps=1, splits=1) < TOLERANCE
     ) == enough

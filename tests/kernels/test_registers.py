@@ -72,12 +72,12 @@ def test_instruction_text_fills_the_left_operand(bits, width, side):
     codes = random_codes(bits, width, 5)
     pack = registers.pack_keys if side == "keys" else registers.pack_values
     units = width // 32
-    text, constraints = unpack_ptx(bits, units, values=side == "values")
-    table = level_table(LEVELS[bits], bits)
-    other = (-1, 0x5A5A5A5A)
-    tables = table_tensor(*((table, other) if side == "keys" else (other, table)), torch.device("cpu"))
+    second = side == "values"
+    text, constraints = unpack_ptx(bits, units, second)
+    table, other = (LEVELS[bits], bits), ((1, 2), 2)
+    tables = table_tensor((other, table) if second else (table, other), torch.device("cpu"))
     operands = lane_words(pack(codes, bits), bits, width)
-    operands += [(tables.long() & MASK).unflatten(0, (32, 4))[:, k].expand(5, 32) for k in range(4)]
+    operands += [(tables[0].long() & MASK).unflatten(0, (32, 4))[:, k].expand(5, 32) for k in range(4)]
     assert constraints.count("=&r") == 8 * units
     assert constraints.count("r") == 8 * units + len(operands)
     quads = run_warp(text, 8 * units, operands)
@@ -99,7 +99,7 @@ def test_instruction_text_fills_the_left_operand(bits, width, side):
 
 @pytest.mark.parametrize(("bits", "operations"), [(4, 36), (3, 21), (2, 18), (1, 19)])
 def test_integer_instructions_a_unit(bits, operations):
-    text, _ = unpack_ptx(bits, 1, values=False)
+    text, _ = unpack_ptx(bits, 1, second=False)
     assert sum(line.strip().endswith(";") for line in text.splitlines()) - 1 == operations
 
 

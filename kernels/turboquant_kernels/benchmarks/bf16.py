@@ -18,6 +18,7 @@ def _attend_splits(
     ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: bf16 products, float32 softmax."""
+    tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     q = tl.load(
@@ -61,6 +62,7 @@ def attend_bf16(
     _attend_splits[(splits, batch * heads)](
         query, keys, values, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
         ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages, num_warps=4,
+        launch_pdl=True,
     )  # fmt: skip
     combine(partial, sums, out, 1.0)
     return out

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,9 +32,9 @@ from turboquant_kernels import registers
 from turboquant_kernels.benchmarks.bf16 import attend_bf16
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
 from turboquant_kernels.decode.launch import Settings, attend_codes, settings_for
-from turboquant_kernels.decode.unpack import level_table, table_tensor
+from turboquant_kernels.decode.unpack import Codes, kernel_runs
 
-__all__ = ["LEVELS", "Packed", "main"]
+__all__ = ["FORMS", "LEVELS", "Packed", "main"]
 
 # Grid codebooks (L + 1/2) / scale of d = 128; what they are does not matter for time or for correctness.
 LEVELS: dict[int, tuple[tuple[int, ...], float]] = {
@@ -45,6 +45,18 @@ LEVELS: dict[int, tuple[tuple[int, ...], float]] = {
 }
 TOLERANCE = 1e-3
 CACHE_BYTES = 3e8  # several times the L2 cache
+
+Form = tuple[tuple[float, int, int], ...]
+"""(share of the coordinates, bits, number of its norm) of each run."""
+
+FORMS: dict[str, Form] = {
+    **{str(bits): ((1.0, bits, 0),) for bits in (4, 3, 2, 1)},
+    "3.5-oblivious": ((0.25, 4, 0), (0.75, 3, 0)),
+    "2.5-oblivious": ((0.25, 3, 0), (0.75, 2, 0)),
+    "3.5": ((0.25, 4, 0), (0.75, 3, 1)),
+    "2.5": ((0.25, 3, 0), (0.75, 2, 1)),
+}
+"""How a token's codes are kept, named as profiles: outlier channels have a norm of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,66 +72,68 @@ class Shape:
 
 @dataclass
 class Packed:
-    """One layer's packed codes, and what is needed to read them."""
+    """One layer's packed codes."""
 
-    key_words: Tensor
-    value_words: Tensor
-    key_norms: Tensor
-    value_norms: Tensor
-    key_bits: int
-    value_bits: int
-    table: Tensor
+    keys: Codes
+    values: Codes
 
     @property
     def nbytes(self) -> int:
         """Bytes that attention must read."""
-        return sum(t.nbytes for t in (self.key_words, self.value_words, self.key_norms, self.value_norms))
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def norms(self) -> tuple[Tensor, ...]:
+        """All norms."""
+        return (*self.keys.norms, *self.values.norms)
 
     def attend(self, query: Tensor, **options: object) -> Tensor:
         """Attention of one query a head over all tokens, unless options say otherwise."""
         chosen: dict[str, object] = {
             "queries_per_head": 1,
-            "length": self.key_norms.shape[-1],
+            "length": self.keys.norms[0].shape[-1],
             "softmax_scale": query.shape[-1] ** -0.5,
         } | options
-        return attend_codes(
-            query, self.key_words, self.value_words, self.key_norms, self.value_norms, self.table,
-            key_bits=self.key_bits, value_bits=self.value_bits, key_scale=LEVELS[self.key_bits][1],
-            value_scale=LEVELS[self.value_bits][1], **chosen,  # type: ignore[arg-type]
-        )  # fmt: skip
+        return attend_codes(query, self.keys, self.values, **chosen)  # type: ignore[arg-type]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, tokens, D) float64, decoded."""
         out = []
-        for words, norms, bits, unpack in (
-            (self.key_words, self.key_norms, self.key_bits, registers.unpack_keys),
-            (self.value_words, self.value_norms, self.value_bits, registers.unpack_values),
-        ):
-            dim = words.shape[-1] // bits
-            codes = unpack(words, bits, dim).flatten(2, 3).long()
-            positive, scale = LEVELS[bits]
-            both = [-level - 0.5 for level in reversed(positive)] + [level + 0.5 for level in positive]
-            levels = torch.tensor(both, dtype=torch.float64, device=words.device) / (scale * math.sqrt(dim))
-            out.append(levels[codes] * norms.double()[..., None])
+        for side, unpack in ((self.keys, registers.unpack_keys), (self.values, registers.unpack_values)):
+            parts = []
+            for i, (words, bits, width) in enumerate(zip(side.words, side.bits, side.widths, strict=True)):
+                codes = unpack(words, bits, width).flatten(2, 3).long()
+                both = [-x - 0.5 for x in reversed(side.levels[i])] + [x + 0.5 for x in side.levels[i]]
+                levels = torch.tensor(both, dtype=torch.float64, device=words.device) / side.units[i]
+                parts.append(levels[codes] * side.norms[min(i, len(side.norms) - 1)].double()[..., None])
+            out.append(torch.cat(parts, dim=-1))
         return out[0], out[1]
 
 
-def random_packed(shape: Shape, key_bits: int, value_bits: int, norm: float = 11.0) -> Packed:
+def random_packed(shape: Shape, keys: str, values: str, norm: float = 11.0) -> Packed:
     """Every bit pattern is a code, so random words are codes; norms near `norm` (keys) and 1 (values)."""
     blocks = -(-shape.tokens // 32)
     lead = (shape.batch, shape.heads)
 
-    def words(bits: int) -> Tensor:
-        return torch.randint(
-            -(2**31), 2**31, (*lead, blocks, shape.dim * bits), dtype=torch.int32, device="cuda"
-        )
+    def side(form: Form, around: float) -> Codes:
+        widths = [int(share * shape.dim) for share, _, _ in form]
+        words = [
+            torch.randint(-(2**31), 2**31, (*lead, blocks, width * bits), dtype=torch.int32, device="cuda")
+            for width, (_, bits, _) in zip(widths, form, strict=True)
+        ]
+        # Outlier channels are longer than the others.
+        norms = [
+            (around * 3.0**-i * (0.8 + 0.4 * torch.rand(*lead, 32 * blocks, device="cuda"))).half()
+            for i in range(form[-1][2] + 1)
+        ]
+        rotated = [
+            sum(w for w, (_, _, n) in zip(widths, form, strict=True) if n == number) for _, _, number in form
+        ]
+        units = [LEVELS[bits][1] * math.sqrt(d) for (_, bits, _), d in zip(form, rotated, strict=True)]
+        bits = tuple(bits for _, bits, _ in form)
+        return Codes(tuple(words), tuple(norms), bits, tuple(LEVELS[b][0] for b in bits), tuple(units))
 
-    def norms(around: float) -> Tensor:
-        return (around * (0.8 + 0.4 * torch.rand(*lead, 32 * blocks, device="cuda"))).half()
-
-    tables = [level_table(LEVELS[bits][0], bits) for bits in (key_bits, value_bits)]
-    table = table_tensor(tables[0], tables[1], torch.device("cuda"))
-    return Packed(words(key_bits), words(value_bits), norms(norm), norms(1.0), key_bits, value_bits, table)
+    return Packed(side(FORMS[keys], norm), side(FORMS[values], 1.0))
 
 
 def exact(
@@ -147,13 +161,13 @@ def error(
     **options: object,
 ) -> float:
     """Largest error of a row of outputs, divided by its sum p |v|."""
-    tokens = packed.key_norms.shape[-1]
+    tokens = packed.keys.norms[0].shape[-1]
     length = tokens if length is None else length
     scale = query.shape[-1] ** -0.5
     place = torch.arange(tokens, device=query.device)
     row = torch.arange(query.shape[2], device=query.device) % queries
     begin = torch.full((query.shape[0],), skipped, device=query.device) + (0 if first is None else first)
-    for norms in (packed.key_norms, packed.value_norms):  # what nobody may see
+    for norms in packed.norms:  # what nobody may see
         norms[..., length + moving * (queries - 1) :] = math.nan
         for i, number in enumerate(begin.tolist()):
             norms[i, :, :number] = math.nan
@@ -174,17 +188,22 @@ def error(
 def checks(quick: bool) -> dict[str, Callable[[], float]]:
     """Named correctness cases, each returning its error."""
 
-    def case(shape: Shape, key_bits: int, value_bits: int, **options: object) -> float:
-        packed = random_packed(shape, key_bits, value_bits)
+    def case(shape: Shape, keys: str, values: str, **options: object) -> float:
+        packed = random_packed(shape, keys, values)
         query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
         if "first" in options:
             options["first"] = torch.tensor(options["first"], device="cuda")
         return error(packed, query, **options)  # type: ignore[arg-type]
 
-    def dominant(bits: int, share: float, tokens: int) -> float:
+    def point_all_values(packed: Packed) -> None:
+        """All values the same way, so that what rounding takes from each does not cancel."""
+        for words in packed.values.words:
+            words.fill_(0x77777777)
+
+    def dominant(form: str, share: float, tokens: int) -> float:
         """One token has about this share of the weight; the rest is spread over values that do not cancel."""
-        packed = random_packed(Shape(1, 2, 4, tokens), bits, bits)
-        packed.value_words.fill_(0x77777777)
+        packed = random_packed(Shape(1, 2, 4, tokens), form, form)
+        point_all_values(packed)
         keys, _ = packed.dense()
         target = keys[:, :, tokens // 3].float()
         gain = (
@@ -193,83 +212,98 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
         query = (target * gain)[:, :, None] * torch.tensor([1.0, 0.9, 1.1, 1.3], device="cuda")[:, None]
         return error(packed, query)
 
-    def equal(bits: int, tokens: int) -> float:
-        packed = random_packed(Shape(1, 1, 4, tokens), bits, bits)
-        packed.value_words.fill_(0x77777777)
+    def equal(form: str, tokens: int) -> float:
+        packed = random_packed(Shape(1, 1, 4, tokens), form, form)
+        point_all_values(packed)
         return error(packed, torch.zeros(1, 1, 4, 128, device="cuda"))
 
-    def spike(bits: int, query_scale: float) -> float:
-        packed = random_packed(Shape(1, 2, 4, 8192), bits, bits)
-        packed.value_norms[..., 4001] = 1e4
-        packed.value_norms[..., 17] = 0.0
-        packed.key_norms[..., 18] = 0.0
+    def spike(form: str, query_scale: float) -> float:
+        packed = random_packed(Shape(1, 2, 4, 8192), form, form)
+        packed.values.norms[0][..., 4001] = 1e4
+        packed.values.norms[-1][..., 4002] = 1e4
+        packed.values.norms[0][..., 17] = 0.0
+        packed.keys.norms[-1][..., 18] = 0.0
         return error(packed, query_scale * torch.randn(1, 2, 4, 128, device="cuda"))
 
-    def sharp(bits: int) -> float:
+    def sharp(form: str) -> float:
         """Scores of hundreds: one token of each tile carries all its weight."""
-        packed = random_packed(Shape(1, 2, 4, 5000), bits, bits, norm=300.0)
+        packed = random_packed(Shape(1, 2, 4, 5000), form, form, norm=300.0)
         return error(packed, 10 * torch.randn(1, 2, 4, 128, device="cuda"), length=4999)
 
-    def not_a_number() -> float:
+    def not_a_number(form: str, channel: int) -> float:
         """NaN in a query is NaN in its output and nowhere else."""
-        packed = random_packed(Shape(1, 2, 4, 1000), 4, 4)
+        packed = random_packed(Shape(1, 2, 4, 1000), form, form)
         query = torch.randn(1, 2, 4, 128, device="cuda")
         clean = packed.attend(query)
-        query[0, 1, 2, 77] = math.nan
+        query[0, 1, 2, channel] = math.nan
         found = packed.attend(query)
         hit = torch.isnan(found)
         expected = torch.zeros_like(hit)
         expected[0, 1, 2] = True
         return 0.0 if torch.equal(hit, expected) and torch.equal(found[~hit], clean[~hit]) else math.inf
 
-    def by_tensor() -> float:
-        packed = random_packed(Shape(2, 2, 4, 3000), 4, 4)
+    def by_tensor(form: str) -> float:
+        packed = random_packed(Shape(2, 2, 4, 3000), form, form)
         query = torch.randn(2, 2, 4, 128, device="cuda")
         one = packed.attend(query, length=2345)
         other = packed.attend(query, length=45, length_tensor=torch.tensor(2300, device="cuda"))
         return 0.0 if torch.equal(one, other) else math.inf
 
-    def repeatable() -> float:
-        packed = random_packed(Shape(2, 8, 4, 30000), 3, 3)
+    def repeatable(form: str) -> float:
+        packed = random_packed(Shape(2, 8, 4, 30000), form, form)
         query = torch.randn(2, 8, 4, 128, device="cuda")
         once = packed.attend(query)
         return 0.0 if all(torch.equal(once, packed.attend(query)) for _ in range(5)) else math.inf
 
     cases: dict[str, Callable[[], float]] = {}
-    for pair in ((4, 4), (3, 3), (2, 2), (4, 2), (1, 1)):
-        for tokens in (1, 33, 1000, 33333) if pair != (1, 1) else (1000,):
-            cases[f"k{pair[0]} v{pair[1]} tokens {tokens}"] = partial(
-                case, Shape(2, 2, 4, tokens), *pair, length=tokens
-            )
+    pairs = [(form, form) for form in FORMS]
+    pairs += [("4", "2"), ("3.5-oblivious", "2.5"), ("3.5", "2"), ("2", "2.5-oblivious")]
+    for pair in pairs:
+        for tokens in (1, 33, 1000, 33333) if pair[0] == pair[1] or "4" in pair else (1000,):
+            name = f"k{pair[0]} v{pair[1]} tokens {tokens}"
+            cases[name] = partial(case, Shape(2, 2, 4, tokens), *pair, length=tokens)
     for rows in (1, 3, 7, 8, 16):
-        cases[f"rows {rows}"] = partial(case, Shape(1, 2, rows, 5000), 4, 4, length=4990)
-    cases["G 4, queries 8, moving"] = partial(
-        case, Shape(2, 2, 32, 700), 4, 4, queries=8, moving=1, length=650
-    )
-    cases["rows 2 queries 2 moving from 0"] = partial(
-        case, Shape(1, 2, 2, 64), 4, 4, queries=2, moving=1, length=0
-    )
+        cases[f"rows {rows}"] = partial(case, Shape(1, 2, rows, 5000), "4", "4", length=4990)
+    for form in ("3.5-oblivious", "3.5", "2.5"):
+        for rows in (1, 8, 16):
+            cases[f"{form} rows {rows}"] = partial(case, Shape(1, 2, rows, 5000), form, form, length=4990)
+        cases[f"{form} softcap"] = partial(case, Shape(1, 2, 4, 3000), form, form, softcap=3.0, length=2999)
+        cases[f"{form} padding and sinks"] = partial(
+            case, Shape(3, 2, 4, 2000), form, form, first=[0, 777, 1995], skipped=4, length=1998
+        )
+        cases[f"{form} d 256"] = partial(case, Shape(2, 2, 4, 3000, 256), form, form, length=2970)
+    for form in ("4", "3.5"):
+        cases[f"{form} G 4, queries 8, moving"] = partial(
+            case, Shape(2, 2, 32, 700), form, form, queries=8, moving=1, length=650
+        )
+        cases[f"{form} rows 2 queries 2 moving from 0"] = partial(
+            case, Shape(1, 2, 2, 64), form, form, queries=2, moving=1, length=0
+        )
+        cases[f"{form} all padding"] = partial(
+            case, Shape(2, 2, 4, 640), form, form, first=[0, 640], length=640
+        )
+        cases[f"{form} empty"] = partial(case, Shape(1, 2, 4, 640), form, form, length=0)
+        for share in (0.5, 0.99):
+            cases[f"{form} dominant {share}"] = partial(dominant, form, share, 32768)
+        cases[f"{form} equal"] = partial(equal, form, 131072)
+        cases[f"{form} spike"] = partial(spike, form, 1.0)
+        cases[f"{form} spike, equal scores"] = partial(spike, form, 0.0)
+        cases[f"{form} sharp"] = partial(sharp, form)
+        for channel in (7, 77):
+            cases[f"{form} NaN in {channel}"] = partial(not_a_number, form, channel)
+        cases[f"{form} length on the device"] = partial(by_tensor, form)
+        cases[f"{form} repeatable"] = partial(repeatable, form)
     cases["padding and sinks"] = partial(
-        case, Shape(3, 2, 4, 2000), 4, 4, first=[0, 777, 1995], skipped=4, length=1998
+        case, Shape(3, 2, 4, 2000), "4", "4", first=[0, 777, 1995], skipped=4, length=1998
     )
-    cases["all padding"] = partial(case, Shape(2, 2, 4, 640), 4, 4, first=[0, 640], length=640)
-    cases["empty"] = partial(case, Shape(1, 2, 4, 640), 4, 4, length=0)
-    cases["softcap"] = partial(case, Shape(1, 2, 4, 3000), 4, 4, softcap=3.0, length=2999)
+    cases["softcap"] = partial(case, Shape(1, 2, 4, 3000), "4", "4", softcap=3.0, length=2999)
     for dim in (64, 256):
-        for bits in (4, 3, 2):
+        for bits in ("4", "3", "2"):
             cases[f"d {dim} bits {bits}"] = partial(case, Shape(2, 2, 4, 3000, dim), bits, bits, length=2970)
-    cases["d 256 rows 8"] = partial(case, Shape(1, 2, 8, 3000, 256), 4, 4, length=2970)
-    for share in (0.5, 0.99):
-        cases[f"dominant {share}"] = partial(dominant, 4, share, 32768)
-    cases["dominant 2 bits"] = partial(dominant, 2, 0.5, 32768)
-    cases["equal"] = partial(equal, 4, 131072)
-    cases["one million"] = partial(equal, 2, 1 << 20)
-    cases["spike"] = partial(spike, 4, 1.0)
-    cases["spike, equal scores"] = partial(spike, 4, 0.0)
-    cases["sharp"] = partial(sharp, 4)
-    cases["NaN"] = not_a_number
-    cases["length on the device"] = by_tensor
-    cases["repeatable"] = repeatable
+    cases["d 256 rows 8"] = partial(case, Shape(1, 2, 8, 3000, 256), "4", "4", length=2970)
+    for form in ("2", "2.5-oblivious"):
+        cases[f"{form} dominant"] = partial(dominant, form, 0.5, 32768)
+        cases[f"{form} one million"] = partial(equal, form, 1 << 20)
     if quick:
         return dict(itertools.islice(cases.items(), 0, None, 4))
     return cases
@@ -315,15 +349,14 @@ def baselines(shape: Shape) -> dict[str, Timing | str]:
     return found
 
 
-def time_packed(shape: Shape, key_bits: int, value_bits: int, settings: Settings) -> tuple[Timing, int]:
+def time_packed(shape: Shape, keys: str, values: str, settings: Settings) -> tuple[Timing, int]:
     """Time one configuration; also the bytes it reads."""
-    packed = random_packed(shape, key_bits, value_bits)
-    sets = [packed]
+    sets = [random_packed(shape, keys, values)]
     while sum(p.nbytes for p in sets) < CACHE_BYTES:
-        sets.append(replace(random_packed(shape, key_bits, value_bits), table=packed.table))
+        sets.append(random_packed(shape, keys, values))
     query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
     timing = time_launches([partial(p.attend, query, length=shape.tokens, settings=settings) for p in sets])
-    return timing, packed.nbytes
+    return timing, sets[0].nbytes
 
 
 SHAPES = [
@@ -341,18 +374,28 @@ OTHER_SHAPES = [
     Shape(1, 8, 4, 32768, 256),
     Shape(32, 8, 4, 8192),
 ]
-BITS = [(4, 4), (3, 3), (2, 2), (4, 2)]
+ARMS = [(form, form) for form in FORMS if form != "1"] + [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]
 
 
-def chosen_settings(shape: Shape, key_bits: int, value_bits: int) -> Settings:
+def arms(shape: Shape) -> list[tuple[str, str]]:
+    """What keys and values are kept as, where the kernel can read it: runs are multiples of 32 wide."""
+    return [pair for pair in ARMS if shape.dim > 64 or "." not in "".join(pair)]
+
+
+def mean_bits(form: str) -> float:
+    """Bits a code, averaged over the coordinates."""
+    return sum(share * bits for share, bits, _ in FORMS[form])
+
+
+def chosen_settings(shape: Shape, keys: str, values: str) -> Settings:
     """What a launch takes by itself."""
     blocks = shape.batch * shape.heads * -(-shape.tokens // 32)
-    return settings_for(shape.rows, shape.dim, key_bits, value_bits, blocks)
+    return settings_for(shape.rows, shape.dim, mean_bits(keys), mean_bits(values), blocks)
 
 
-def sweep_settings(shape: Shape, key_bits: int, value_bits: int) -> list[Settings]:
+def sweep_settings(shape: Shape, keys: str, values: str) -> list[Settings]:
     """Settings worth trying beside the chosen one."""
-    chosen = chosen_settings(shape, key_bits, value_bits)
+    chosen = chosen_settings(shape, keys, values)
     tried = {
         4: [(1, 4, 128, 4), (2, 4, 128, 4), (1, 4, 96, 5), (2, 4, 160, 3), (1, 8, 128, 2), (1, 2, 128, 8)],
         8: [(1, 4, 160, 3), (1, 4, 128, 4), (2, 4, 168, 3), (2, 4, 224, 2)],
@@ -361,24 +404,39 @@ def sweep_settings(shape: Shape, key_bits: int, value_bits: int) -> list[Setting
     return [Settings(chosen.queries, *rest) for rest in tried]
 
 
-def build(job: tuple[int, int, int, Settings, bool]) -> str | None:
+Job = tuple[str, str, int, Settings, bool]
+
+
+def build(job: Job) -> str | None:
     """Compile one kernel into the cache without a device; returns what went wrong."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     from turboquant_kernels.decode.sm90 import source_for
 
-    key_bits, value_bits, dim, how, softcap = job
+    keys, values, dim, how, softcap = job
     try:
         source = source_for(
-            KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
-            WARPS=how.warps, SOFTCAP=softcap, DEPENDENTS=True,
+            **runs_of(keys, values, dim), QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
+            SOFTCAP=softcap, DEPENDENTS=True,
         )  # fmt: skip
-        options = {"num_warps": how.warps, "maxnreg": how.registers}
+        options = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": True}
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     except Exception as problem:
         return f"{job}: {problem}"
     return None
+
+
+def runs_of(keys: str, values: str, dim: int) -> dict[str, object]:
+    """The kernel's KEYS and VALUES for such codes."""
+
+    def empty(form: Form) -> Codes:
+        words = tuple(torch.empty(1, 1, 0, int(share * dim) * bits) for share, bits, _ in form)
+        bits = tuple(bits for _, bits, _ in form)
+        return Codes(words, (words[0],) * (form[-1][2] + 1), bits, tuple(LEVELS[b][0] for b in bits), ())
+
+    made = kernel_runs(empty(FORMS[keys]), empty(FORMS[values]))
+    return {"KEYS": made[0], "VALUES": made[1]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -398,24 +456,28 @@ def main(arguments: list[str] | None = None) -> int:
 
     shapes = SHAPES + ([] if chosen.quick else OTHER_SHAPES)
 
-    def settings(shape: Shape, k: int, v: int) -> list[Settings]:
+    def settings(shape: Shape, k: str, v: str) -> list[Settings]:
         tried = sweep_settings(shape, k, v) if chosen.sweep and k == v and shape in SHAPES else []
         return [chosen_settings(shape, k, v), *tried]
 
-    jobs = {
-        (k, v, shape.dim, how, False) for shape in shapes for k, v in BITS for how in settings(shape, k, v)
+    jobs: set[Job] = {
+        (k, v, shape.dim, how, False)
+        for shape in shapes
+        for k, v in arms(shape)
+        for how in settings(shape, k, v)
     }
     checked = [
         Shape(1, 1, rows, 1, dim)
         for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 256), (8, 256))
     ]
     jobs |= {
-        (bits, bits, shape.dim, chosen_settings(shape, bits, bits), cap)
+        (form, form, shape.dim, chosen_settings(shape, form, form), cap)
         for shape in checked
-        for bits in (1, 2, 3, 4)
+        for form in FORMS
         for cap in (False, True)
-        if bits > 1 or shape == checked[0]
-        if not cap or (bits == 4 and shape == checked[0])
+        if shape.dim > 64 or "." not in form
+        if form != "1" or shape == checked[0]
+        if not cap or (form in ("4", "3.5-oblivious", "3.5", "2.5") and shape == checked[0])
     }
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         problems = [p for p in pool.map(build, sorted(jobs, key=str)) if p]
@@ -471,7 +533,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         lines.append(headline)
         shown.append(headline)
-        for k, v in BITS:
+        for k, v in arms(shape):
             found: list[tuple[float, int, str]] = []
             for number, how in enumerate(settings(shape, k, v)):
                 if time.monotonic() - began > chosen.seconds:
@@ -479,16 +541,16 @@ def main(arguments: list[str] | None = None) -> int:
                 try:
                     took, size = time_packed(shape, k, v, how)
                 except Exception as problem:
-                    note(f"{shape} k{k} v{v} {how}: {str(problem)[:200]}")
+                    note(f"{shape} k {k} v {v} {how}: {str(problem)[:200]}")
                     continue
                 records.append(
-                    {"shape": asdict(shape), "bits": [k, v], "settings": asdict(how), "time": asdict(took)}
+                    {"shape": asdict(shape), "codes": [k, v], "settings": asdict(how), "time": asdict(took)}
                 )
                 what = (
                     f"  {how.subs} subs {how.warps} warps {how.registers} registers {how.programs} programs"
                 )
                 line = (
-                    f"   k{k} v{v} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us "
+                    f"   k {k:13} v {v:13} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us "
                     f"{size / took.p50 / 1e3:5.0f} GB/s {size / took.p50 * 1e6 / copied:4.0%}  "
                     f"x {timed[best].p50 / took.p50:.2f}{what if number else ''}"
                 )

@@ -17,7 +17,8 @@ __all__ = ["combine_splits"]
 @triton.jit(do_not_specialize=["splits", "rows"])
 def combine_splits(
     partial_ptr, sums_ptr, out_ptr, raw_ptr, raw_sums_ptr, splits, rows, factor,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WAIT: tl.constexpr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query row, for COLUMNS coordinates.
 
@@ -36,9 +37,11 @@ def combine_splits(
         COLUMNS: Coordinates a program takes.
         SPLITS: A power of two, at least `splits`.
         AT_ONCE: Splits read at once, dividing SPLITS.
-        WAIT: Whether the launch does not wait by itself for the splits.
+        DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one, if it asks
+            for that, the end of this one.
     """
-    if WAIT:
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     first = (row // rows).to(tl.int64) * splits * rows + row % rows

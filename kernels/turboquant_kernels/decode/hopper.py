@@ -8,16 +8,17 @@ graph.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from turboquant_kernels.decode.unpack import level_table, table_tensor
+from turboquant_kernels.decode.unpack import MOST_RUNS, Codes
 from turboquant_kernels.packed_kv import Reading, VectorCodec
-from turboquant_kernels.packed_kv.codec import GroupCodec, Rotation, Run
 from turboquant_kernels.packed_kv.layout import in_register_order
+from turboquant_kernels.packed_kv.store import Half
 
 __all__ = ["DIMS", "MOST_QUERIES", "attend", "refusal", "sees_all_before"]
 
@@ -27,7 +28,21 @@ _RAW_ROWS, _RAW_TILE = 16, 64
 _NO_WINDOW = 1 << 30
 _LOG2_E = 1.4426950408889634
 
-_matrices: WeakKeyDictionary[Rotation, Tensor] = WeakKeyDictionary()
+
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """Where the coordinates that codes stand for lie among a head's channels.
+
+    Attributes:
+        channels: (G, D) int64: the channels of each head, one rotated group after another; None if in order.
+        matrix: (D, D) float32: vectors of such channels x -> x M.
+    """
+
+    channels: Tensor | None
+    matrix: Tensor
+
+
+_bases: WeakKeyDictionary[VectorCodec, _Basis] = WeakKeyDictionary()
 
 
 def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool) -> str | None:
@@ -58,11 +73,11 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool) -> str 
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
     for half in (reading.keys, reading.values):
-        if _only_run(half.codec) is None:
+        if not _readable(half.codec):
             return (
-                f"{half.side}s must have 1, 2, 3 or 4 bits in all of 64, 128 or 256 channels, with one "
-                "rotation and one norm (no split of channels, no sketch), not (channels, bits) "
-                f"{half.codec.runs} with {half.codec.scales} norms"
+                f"{half.side}s must have 64, 128 or 256 channels, in one part or split in two of widths that "
+                "are multiples of 32, of 1, 2, 3 or 4 bits each, without a sketch of the residual, not "
+                f"(channels, bits) {half.codec.runs} with {half.codec.scales} norms"
             )
     return None
 
@@ -92,10 +107,6 @@ def attend(
     heads = reading.raw_keys.shape[1]
     rows = query_heads // heads * count
     grouped = query.reshape(batch, heads, rows, dim).contiguous()
-    keys, values = _group(reading.keys.codec), _group(reading.values.codec)
-    key_grid, value_grid = (group.coded[0].grid for group in (keys, values))
-    assert key_grid is not None  # for mypy: `refusal` asks
-    assert value_grid is not None
     before, start = reading.before, reading.raw_start
     known = {
         name: number if isinstance(number, Tensor) else None
@@ -108,6 +119,12 @@ def attend(
     )
     fixed = {name: 0 if tensor is not None else number for (name, tensor), number in
              zip(known.items(), (before, start), strict=True)}  # fmt: skip
+    coded = reading.keys.words[0].shape[2] > 0
+    rotated = grouped
+    if coded:
+        # Before the raw tokens, so that the launch of the codes overlaps theirs.
+        with _FullPrecision():
+            rotated = _turned(grouped.float(), _basis(reading.keys.codec))
     banded = reading.held is not None and reading.rule == "codes"
     attend_raw[(batch * heads, -(-rows // _RAW_ROWS))](
         grouped, reading.raw_keys.contiguous(), reading.raw_values.contiguous(), reading.raw_tokens,
@@ -115,28 +132,22 @@ def attend(
         count, reading.raw_keys.shape[2], fixed["before"], fixed["start"],
         reading.window if banded else _NO_WINDOW, reading.sinks, scale * _LOG2_E, (softcap or 0.0) * _LOG2_E,
         SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim, TILE=_RAW_TILE,
+        DEPENDENTS=query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0),
     )  # fmt: skip
-    if reading.keys.words[0].shape[2] == 0:
+    if not coded:
         total = raw[1][..., 1:]
         return torch.where(total == 0, 0.0, raw[0] / total).to(query.dtype).view(query.shape)
-    key_run, value_run = keys.coded[0], values.coded[0]
+    # Under "codes", query i reads codes below before + i + 1 - window, and at least those without a raw copy;
+    # under "raw" just these.
+    moving = reading.rule == "codes"
+    found = attend_codes(
+        rotated, _codes(reading.keys), _codes(reading.values), softmax_scale=scale, queries_per_head=count,
+        length=int(fixed["before"]) + 1 - reading.window if moving else 0,
+        length_tensor=known["before"] if moving else None, moving=int(moving), floor=int(fixed["start"]),
+        floor_tensor=known["start"], skipped=reading.sinks, first=first, softcap=softcap, raw=raw,
+    )  # fmt: skip
     with _FullPrecision():
-        rotated = grouped.float() @ _matrix(keys.rotation, dim, query.device)
-        # Under "codes", query i reads codes below before + i + 1 - window, and at least those without a raw
-        # copy; under "raw" just these.
-        moving = reading.rule == "codes"
-        coded = attend_codes(
-            rotated, reading.keys.words[0], reading.values.words[0], reading.keys.scales[0],
-            reading.values.scales[0],
-            _table(key_grid[0], value_grid[0], key_run.bits, value_run.bits, query.device),
-            key_bits=key_run.bits, value_bits=value_run.bits, key_scale=key_grid[1],
-            value_scale=value_grid[1], softmax_scale=scale, queries_per_head=count,
-            length=int(fixed["before"]) + 1 - reading.window if moving else 0,
-            length_tensor=known["before"] if moving else None, moving=int(moving), floor=int(fixed["start"]),
-            floor_tensor=known["start"], skipped=reading.sinks, first=first, softcap=softcap, raw=raw,
-        )  # fmt: skip
-        back = _matrix(values.rotation, dim, query.device).T
-        joined = torch.addmm(raw[0].view(-1, dim), coded.view(-1, dim), back)
+        joined = _add_turned_back(raw[0], found, _basis(reading.values.codec))
     return joined.to(query.dtype).view(query.shape)
 
 
@@ -161,35 +172,57 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     return torch.where(expected, mask == 0, hidden).all()
 
 
-def _group(codec: object) -> GroupCodec:
+def _readable(codec: object) -> bool:
+    """Whether the kernel reads such codes: one run, two with one norm, or two with a norm each."""
+    if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
+        return False
+    runs = [run for group in codec.groups for run in group.coded]
+    return (
+        len(runs) <= MOST_RUNS
+        and all(group.sketch is None for group in codec.groups)
+        and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
+    )
+
+
+def _codes(half: Half) -> Codes:
+    """A half's tensors with what they mean."""
+    assert isinstance(half.codec, VectorCodec)  # for mypy: `refusal` asks
+    levels, units = [], []
+    for group in half.codec.groups:
+        for run in group.coded:
+            assert run.grid is not None
+            levels.append(run.grid[0])
+            units.append(run.grid[1] * math.sqrt(group.dim))
+    bits = tuple(bits for _, bits in half.codec.runs)
+    return Codes(tuple(half.words), tuple(half.scales), bits, tuple(levels), tuple(units))
+
+
+def _basis(codec: object) -> _Basis:
+    """Rotations as one matrix: for queries and outputs, whose last bits decide no code."""
     assert isinstance(codec, VectorCodec)  # for mypy: `refusal` asks
-    return codec.groups[0]
-
-
-def _only_run(codec: object) -> Run | None:
-    """The codec's one run of codes, if that is all there is and the kernel can read it."""
-    if not isinstance(codec, VectorCodec) or len(codec.groups) != 1 or codec.dim not in DIMS:
-        return None
-    group = codec.groups[0]
-    if group.sketch is not None or len(group.coded) != 1:
-        return None
-    run = group.coded[0]
-    return run if run.grid is not None and in_register_order(run.width, run.bits) else None
-
-
-@lru_cache(maxsize=64)
-def _table(
-    keys: tuple[int, ...], values: tuple[int, ...], key_bits: int, value_bits: int, device: torch.device
-) -> Tensor:
-    return table_tensor(level_table(keys, key_bits), level_table(values, value_bits), device)
-
-
-def _matrix(rotation: Rotation, dim: int, device: torch.device) -> Tensor:
-    """The rotation as one matrix M, x -> x M: for queries and outputs, whose last bits decide no code."""
-    found = _matrices.get(rotation)
+    found = _bases.get(codec)
     if found is None:
-        found = _matrices[rotation] = rotation.forward(torch.eye(dim, device=device))
+        device = codec.groups[0].root.device
+        parts = [group.rotation.forward(torch.eye(group.dim, device=device)) for group in codec.groups]
+        matrix: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+        channels = None if codec.order is None else codec.order.long()
+        found = _bases[codec] = _Basis(channels, matrix)
     return found
+
+
+def _turned(x: Tensor, basis: _Basis) -> Tensor:
+    """(B, G, rows, D) in the basis of the codes."""
+    if basis.channels is not None:
+        x = x.gather(-1, basis.channels[:, None].expand_as(x))
+    return x @ basis.matrix
+
+
+def _add_turned_back(total: Tensor, x: Tensor, basis: _Basis) -> Tensor:
+    """total + x, which is in the basis of the codes."""
+    dim = x.shape[-1]
+    if basis.channels is None:
+        return torch.addmm(total.view(-1, dim), x.view(-1, dim), basis.matrix.T)
+    return total.scatter_add_(-1, basis.channels[:, None].expand_as(x), x @ basis.matrix.T)
 
 
 class _FullPrecision:

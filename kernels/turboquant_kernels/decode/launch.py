@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turboquant_kernels.decode.combine import combine_splits
 from turboquant_kernels.decode.sm90 import attend_splits
+from turboquant_kernels.decode.unpack import Codes, kernel_runs, table_tensor
 
 __all__ = ["Settings", "attend_codes", "settings_for"]
 
@@ -37,14 +38,14 @@ class Settings:
     programs: int
 
 
-def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int, blocks: int) -> Settings:
+def settings_for(rows: int, head_dim: int, key_bits: float, value_bits: float, blocks: int) -> Settings:
     """Settings measured to be good.
 
     Args:
         rows: Query rows that share a key and value head.
         head_dim: 64, 128 or 256.
-        key_bits: Bits a key code.
-        value_bits: Bits a value code.
+        key_bits: Bits a key code, on average over the coordinates.
+        value_bits: Bits a value code, likewise.
         blocks: Blocks of 32 tokens of all heads and batch rows together.
 
     Returns:
@@ -59,24 +60,17 @@ def settings_for(rows: int, head_dim: int, key_bits: int, value_bits: int, block
         short = blocks <= _FEW_BLOCKS
         subs, registers = (2 if short or bits < 4 else 1), (160 if short and bits > 2 else 128)
     elif queries == 8:
-        subs, registers = {4: (1, 160), 3: (2, 168)}.get(bits, (2, 224))
+        subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
     else:
-        subs, registers = 1, 224
+        subs, registers = 1, 255
     return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
 
 
 def attend_codes(
     query: Tensor,
-    key_words: Tensor,
-    value_words: Tensor,
-    key_norms: Tensor,
-    value_norms: Tensor,
-    table: Tensor,
+    keys: Codes,
+    values: Codes,
     *,
-    key_bits: int,
-    value_bits: int,
-    key_scale: float,
-    value_scale: float,
     softmax_scale: float,
     queries_per_head: int,
     length: int,
@@ -94,16 +88,10 @@ def attend_codes(
     """Attention over packed codes alone, in the rotated basis.
 
     Args:
-        query: (B, G, rows, D), rotated, contiguous; a row is a query head and, fastest, one of its queries.
-        key_words: (B, G, blocks, D * key_bits) int32, contiguous.
-        value_words: (B, G, blocks, D * value_bits) int32, contiguous.
-        key_norms: (B, G, 32 * blocks) float16.
-        value_norms: (B, G, 32 * blocks) float16.
-        table: `unpack.table_tensor`.
-        key_bits: 1..4.
-        value_bits: 1..4.
-        key_scale: s of the keys' levels (L + 1/2) / s.
-        value_scale: s of the values' levels.
+        query: (B, G, rows, D), in the keys' rotated basis, contiguous; a row is a query head and, fastest,
+            one of its queries.
+        keys: The keys' codes.
+        values: The values' codes.
         softmax_scale: Factor of scores.
         queries_per_head: Rows of one query head.
         length: Codes that the first query of a head sees end here.
@@ -119,11 +107,11 @@ def attend_codes(
         splits: Programs a head.
 
     Returns:
-        (B, G, rows, D) float32, rotated.
+        (B, G, rows, D) float32, in the values' rotated basis.
     """
     batch, heads, rows, dim = query.shape
-    blocks = key_words.shape[2]
-    how = settings or settings_for(rows, dim, key_bits, value_bits, batch * heads * blocks)
+    blocks = keys.words[0].shape[2]
+    how = settings or settings_for(rows, dim, keys.mean_bits, values.mean_bits, batch * heads * blocks)
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         groups = -(-rows // how.queries)
@@ -132,28 +120,38 @@ def attend_codes(
     partial = torch.empty(batch, heads, splits, rows, dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
-    root = math.sqrt(dim)
+    key_runs, value_runs, tables = kernel_runs(keys, values)
     attend_splits[(splits, batch * heads, -(-rows // how.queries))](
-        query, key_words, value_words, key_norms, value_norms, table, first, length_tensor,
-        floor_tensor, partial, sums, blocks, splits, heads, rows, queries_per_head, skipped, length,
-        moving, floor, softmax_scale * LOG2_E / (key_scale * root), (softcap or 0.0) * LOG2_E,
-        KEY_BITS=key_bits, VALUE_BITS=value_bits, UNITS=dim // 32, QUERIES=how.queries, SUBS=how.subs,
-        WARPS=how.warps, SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps,
-        maxnreg=how.registers,
+        query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
+        table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, blocks, splits,
+        heads, rows, queries_per_head, skipped, length, moving, floor, softmax_scale * LOG2_E / keys.units[0],
+        keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], (softcap or 0.0) * LOG2_E,
+        KEYS=key_runs, VALUES=value_runs, QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
+        SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps, maxnreg=how.registers,
+        launch_pdl=True,
     )  # fmt: skip
-    combine(partial, sums, out, 1 / (value_scale * root), raw)
+    combine(partial, sums, out, 1 / values.units[0], raw)
     return out
+
+
+def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 def combine(
     partial: Tensor, sums: Tensor, out: Tensor, factor: float, raw: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Launch `combine_splits` so that its start overlaps the end of what is launched before it."""
+    """Launch `combine_splits` so that its start overlaps the end of what is launched before it.
+
+    Each of these launches waits for the one before it to be over before it reads or writes anything, so what
+    lies further back is over too.
+    """
     batch, heads, splits, rows, dim = partial.shape
     programs = batch * heads * rows
     columns = 32 if programs <= 256 else min(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
         partial, sums, out, *(raw or (None, None)), splits, rows, factor, DIM=dim, COLUMNS=columns,
-        SPLITS=power, AT_ONCE=min(power, 128), WAIT=True, num_warps=4 if power > 8 else 1, launch_pdl=True,
+        SPLITS=power, AT_ONCE=min(power, 128), DEPENDENTS=True, num_warps=4 if power > 8 else 1,
+        launch_pdl=True,
     )  # fmt: skip

@@ -38,8 +38,8 @@ def _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP: tl.cons
 def attend_raw(
     q_ptr, keys_ptr, values_ptr, tokens_ptr, sink_keys_ptr, sink_values_ptr, first_ptr, before_ptr, start_ptr,
     x_ptr, sums_ptr, heads, rows, queries, count, before, start, window, sinks, scale, softcap,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """The raw tokens of one head, for up to ROWS query rows that share it.
 
@@ -71,7 +71,10 @@ def attend_raw(
         ROWS: At least 16.
         DIM: head_dim.
         TILE: Tokens at a time.
+        DEPENDENTS: Whether the next launch may begin, and wait, while this one runs.
     """
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM)

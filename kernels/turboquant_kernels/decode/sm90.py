@@ -8,6 +8,11 @@ with C = +-(L + 1/2) / s on an int8 grid. Everything large is an int8 product of
 (tokens for scores, coordinates for outputs), so that no row is padding; columns are 2 x rows of queries (high
 and low bytes).
 
+Coordinates may come in two runs, with bits and levels of their own. What scales the second run's levels
+against the first's is multiplied into the queries, and into the outputs when all is done: nothing in the loop
+knows of it. With one norm for both runs that is all; with a norm for each, keys have two products, each
+scaled by its own norm, and values two sets of probabilities.
+
 One program is WARPS warps. Each warp walks its own blocks of 32 tokens, with a softmax of its own; nothing is
 shared and nothing waits until the loop ends. A step of a warp, SUBS blocks:
 
@@ -63,12 +68,13 @@ movmatrix.sync.aligned.m8n8.trans.b16 $1, x;
 _TO_OPERAND_CONSTRAINTS = gl.constexpr("=&r,=&r,r,r,r,r")
 _UNPACK = gl.constexpr(
     {
-        (bits, units, values): unpack_ptx(bits, units, values)
+        (bits, units, second): unpack_ptx(bits, units, second)
         for bits in (1, 2, 3, 4)
         for units in (1, 2, 3, 4)
-        for values in (False, True)
+        for second in (False, True)
     }
 )
+_WAIT = gl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 _LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 
 
@@ -77,8 +83,58 @@ _SIZES = ["blocks", "splits", "heads", "rows", "queries_per_head", "skipped", "l
 
 
 @gluon.constexpr_function
-def _ptx(bits: int, units: int, values: bool) -> Any:
-    return _UNPACK.value[bits, units, values]
+def _ptx(bits: int, units: int, second: bool) -> Any:
+    return _UNPACK.value[bits, units, second]
+
+
+# A side's runs are ((units, bits, table, norm), ...): which of the tables has its levels, and which of the
+# side's norms is its factor.
+
+
+@gluon.constexpr_function
+def _units(runs: Any, run: int) -> Any:
+    return runs[run][0]
+
+
+@gluon.constexpr_function
+def _bits(runs: Any, run: int) -> Any:
+    return runs[run][1]
+
+
+@gluon.constexpr_function
+def _table(runs: Any, run: int) -> Any:
+    return runs[run][2]
+
+
+@gluon.constexpr_function
+def _count(runs: Any) -> Any:
+    return len(runs)
+
+
+@gluon.constexpr_function
+def _norms(runs: Any) -> Any:
+    """How many norms a token has."""
+    return runs[-1][3] + 1
+
+
+@gluon.constexpr_function
+def _all_units(runs: Any) -> Any:
+    return sum(run[0] for run in runs)
+
+
+@gluon.constexpr_function
+def _run_of(runs: Any, unit: int) -> Any:
+    return 0 if unit < runs[0][0] else 1
+
+
+@gluon.constexpr_function
+def _norm_of(runs: Any, unit: int) -> Any:
+    return runs[0 if unit < runs[0][0] else 1][3]
+
+
+@gluon.constexpr_function
+def _table_loads(keys: Any, values: Any) -> Any:
+    return max(run[2] for run in keys + values) // 2 + 1
 
 
 @gluon.constexpr_function
@@ -173,13 +229,26 @@ def _load_words(base, step, sub: gl.constexpr, last, BITS: gl.constexpr, UNITS: 
 
 
 @gluon.jit
-def _load_norm_pair(key_norms, value_norms, step, sub: gl.constexpr, last, SUBS: gl.constexpr, WARPS: gl.constexpr,
-                    CLAMP: gl.constexpr):  # fmt: skip
-    """[warp, token] float16 norms of one block's keys and values."""
+def _load_block(first, second, step, sub: gl.constexpr, last, RUNS: gl.constexpr, SUBS: gl.constexpr,
+                WARPS: gl.constexpr, CLAMP: gl.constexpr):  # fmt: skip
+    """A lane's words of one block, run by run."""
+    words = (_load_words(first, step, sub, last, _bits(RUNS, 0), _units(RUNS, 0), SUBS, WARPS, CLAMP),)
+    if _count(RUNS) == 2:
+        words = words + (
+            _load_words(second, step, sub, last, _bits(RUNS, 1), _units(RUNS, 1), SUBS, WARPS, CLAMP),
+        )
+    return words
+
+
+@gluon.jit
+def _load_norms(first, second, step, sub: gl.constexpr, last, RUNS: gl.constexpr, SUBS: gl.constexpr,
+                WARPS: gl.constexpr, CLAMP: gl.constexpr):  # fmt: skip
+    """[warp, token] float16 norms of one block, one for all runs or one for each."""
     LAYOUT: gl.constexpr = _norm_layout(WARPS)
-    keys = gl.load(_pointers(key_norms, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP))
-    values = gl.load(_pointers(value_norms, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP))
-    return keys, values
+    norms = (gl.load(_pointers(first, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP)),)
+    if _norms(RUNS) == 2:
+        norms = norms + (gl.load(_pointers(second, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP)),)
+    return norms
 
 
 @gluon.jit
@@ -202,16 +271,18 @@ def _unit_operand(quads, AT: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _unpack_units(words, table, VALUES: gl.constexpr, BITS: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr,
+def _unpack_units(words, tables, TABLE: gl.constexpr, BITS: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr,
                   WARPS: gl.constexpr):  # fmt: skip
-    """Up to four units of a block, from unit FIRST on (a multiple of 4), as left operands."""
-    PTX: gl.constexpr = _ptx(BITS, COUNT, VALUES)
+    """Up to four units of a run, from its unit FIRST on (a multiple of 4), as left operands."""
+    PTX: gl.constexpr = _ptx(BITS, COUNT, TABLE % 2 == 1)
     # One load of four words, and for a rest of 1 or 2 words one more, of 3 words two.
     LOADS: gl.constexpr = (BITS * COUNT) // 4 + ((BITS * COUNT) % 4 + 1) // 2
     inputs = ()
     for k in gl.static_range(LOADS):
         inputs = inputs + (words[FIRST // 4 * BITS + k],)
-    quads = gl.inline_asm_elementwise(PTX[0], PTX[1], inputs + (table,), _int8s(8 * COUNT), True, 4)
+    quads = gl.inline_asm_elementwise(
+        PTX[0], PTX[1], inputs + (tables[TABLE // 2],), _int8s(8 * COUNT), True, 4
+    )
     operands = ()
     for unit in gl.static_range(COUNT):
         operands = operands + (_unit_operand(quads, 8 * unit, WARPS),)
@@ -219,13 +290,25 @@ def _unpack_units(words, table, VALUES: gl.constexpr, BITS: gl.constexpr, FIRST:
 
 
 @gluon.jit
-def _unpack(words, table, VALUES: gl.constexpr, BITS: gl.constexpr, UNITS: gl.constexpr, WARPS: gl.constexpr):
-    """A block's words -> its units as left operands."""
+def _unpack_run(words, tables, RUNS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr):
+    """A run's words of a block -> its units as left operands."""
+    UNITS: gl.constexpr = _units(RUNS, RUN)
+    BITS: gl.constexpr = _bits(RUNS, RUN)
+    TABLE: gl.constexpr = _table(RUNS, RUN)
     operands = ()
     for four in gl.static_range(UNITS // 4):
-        operands = operands + _unpack_units(words, table, VALUES, BITS, 4 * four, 4, WARPS)
+        operands = operands + _unpack_units(words, tables, TABLE, BITS, 4 * four, 4, WARPS)
     if UNITS % 4:
-        operands = operands + _unpack_units(words, table, VALUES, BITS, UNITS // 4 * 4, UNITS % 4, WARPS)
+        operands = operands + _unpack_units(words, tables, TABLE, BITS, UNITS // 4 * 4, UNITS % 4, WARPS)
+    return operands
+
+
+@gluon.jit
+def _unpack(words, tables, RUNS: gl.constexpr, WARPS: gl.constexpr):
+    """A block's words -> its units as left operands."""
+    operands = _unpack_run(words[0], tables, RUNS, 0, WARPS)
+    if _count(RUNS) == 2:
+        operands = operands + _unpack_run(words[1], tables, RUNS, 1, WARPS)
     return operands
 
 
@@ -238,9 +321,11 @@ def _whole(product, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _query_operands(q_ptr, rows, row_stride, score_scale, QUERIES: gl.constexpr, UNITS: gl.constexpr,
-                    WARPS: gl.constexpr):  # fmt: skip
-    """Rotated queries -> right operands of 16-bit fixed point, what the halves add, and the scale of a score."""
+def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.constexpr, NORM: gl.constexpr,
+                    QUERIES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Rotated queries -> right operands of 16-bit fixed point, what the halves add, and the scale of a score.
+
+    Of the units that share norm NORM, and a fixed-point scale."""
     MMA: gl.constexpr = _mma_layout(WARPS)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     COLUMNS: gl.constexpr = 2 * QUERIES
@@ -251,11 +336,15 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, QUERIES: gl.constexpr,
     at = at + row * row_stride
     known = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT) + row < rows
     floats = ()
-    for unit in gl.static_range(UNITS):
-        floats = floats + (gl.load(q_ptr + at + 32 * unit, mask=known, other=0.0).to(gl.float32),)
+    for unit in gl.static_range(_all_units(RUNS)):
+        if _norm_of(RUNS, unit) == NORM:
+            loaded = gl.load(q_ptr + at + 32 * unit, mask=known, other=0.0).to(gl.float32)
+            if _run_of(RUNS, unit) == 1:
+                loaded = loaded * ratio
+            floats = floats + (loaded,)
     largest = gl.max(gl.abs(floats[0]), 1)
     total = gl.sum(floats[0], 1)
-    for unit in gl.static_range(1, UNITS):
+    for unit in gl.static_range(1, len(floats)):
         largest = gl.maximum(largest, gl.max(gl.abs(floats[unit]), 1))
         total += gl.sum(floats[unit], 1)
     largest = gl.maximum(largest, 1e-30)
@@ -264,7 +353,7 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, QUERIES: gl.constexpr,
     low_byte = low_byte + gl.expand_dims(gl.expand_dims(column % 2, 0), 1) == 1
     operands = ()
     sums = gl.zeros([WARPS, COLUMNS], gl.int32, layout=gl.SliceLayout(1, RIGHT))
-    for unit in gl.static_range(UNITS):
+    for unit in gl.static_range(len(floats)):
         whole = (floats[unit] * inverse + _TO_WHOLE).to(gl.int32, bitcast=True) - _TO_WHOLE_BITS
         high = (whole + 128) >> 8
         operands = operands + (gl.where(low_byte, whole - (high << 8), high).to(gl.int8),)
@@ -294,23 +383,34 @@ def _probability_operand(p, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _score_phase(words, norms, query, halves, scale, table, step, start, limit, softcap,
-                 BITS: gl.constexpr, UNITS: gl.constexpr, QUERIES: gl.constexpr, SUBS: gl.constexpr,
+def _score_phase(words, norms, query, halves, scales, tables, step, start, limit, softcap,
+                 KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr, SUBS: gl.constexpr,
                  WARPS: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
-    """Scores of a step, and for each query row the largest log2(p |v|) among them."""
+    """Scores of a step, and for each query row the largest log2(p |v|) among them.
+
+    With a softcap or two norms the scores are in units of log2, without they lack their scale."""
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
-    scale3 = gl.expand_dims(scale, 1)
+    NORMS: gl.constexpr = _norms(KEYS)
+    SCALED: gl.constexpr = SOFTCAP or NORMS == 2
     scores = ()
     peak = gl.full([WARPS, QUERIES], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ROWS))
     for sub in gl.static_range(SUBS):
-        keys = _unpack(words[sub], table, False, BITS, UNITS, WARPS)
-        product = halves
-        for unit in gl.static_range(UNITS):
-            product = mma_v2(keys[unit], query[unit], product)
-        score = _whole(product, QUERIES, WARPS) * gl.expand_dims(_by_row(norms[sub][0], QUERIES, WARPS), 2)
+        keys = _unpack(words[sub], tables, KEYS, WARPS)
+        parts = ()
+        for norm in gl.static_range(NORMS):
+            product = halves[norm]
+            for unit in gl.static_range(_all_units(KEYS)):
+                if _norm_of(KEYS, unit) == norm:
+                    product = mma_v2(keys[unit], query[unit], product)
+            factor = gl.expand_dims(_by_row(norms[sub][0][norm], QUERIES, WARPS), 2)
+            if SCALED:
+                factor = factor * gl.expand_dims(scales[norm], 1)
+            parts = parts + (_whole(product, QUERIES, WARPS) * factor,)
+        score = parts[0]
+        if NORMS == 2:
+            score = score + parts[1]
         if SOFTCAP:
             # cap * tanh(x / cap), in units of log2: tanh(y) = 1 - 2 / (1 + e^(2 y)).
-            score = score * scale3
             score = softcap - 2.0 * softcap / (1.0 + _exp2(score * (2.8853900817779268 / softcap)))
         if MASK:
             warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, ROWS)))
@@ -319,8 +419,13 @@ def _score_phase(words, norms, query, halves, scale, table, step, start, limit, 
             token = token + gl.expand_dims(row % 8 * 4 + row // 8, 0)
             token = gl.expand_dims(token, 2)
             score = gl.where((token >= start) & (token < limit), score, float("-inf"))
-        logs = gl.expand_dims(_log2(gl.maximum(_by_row(norms[sub][1], QUERIES, WARPS), _SMALLEST_NORM)), 2)
-        peak = gl.maximum(peak, gl.max(score + logs if SOFTCAP else gl.fma(score, scale3, logs), 1))
+        longest = _by_row(norms[sub][1][0], QUERIES, WARPS)
+        if _norms(VALUES) == 2:
+            longest = gl.maximum(longest, _by_row(norms[sub][1][1], QUERIES, WARPS))
+        logs = gl.expand_dims(_log2(gl.maximum(longest, _SMALLEST_NORM)), 2)
+        peak = gl.maximum(
+            peak, gl.max(score + logs if SCALED else gl.fma(score, gl.expand_dims(scales[0], 1), logs), 1)
+        )
         scores = scores + (score,)
     return scores, peak
 
@@ -333,11 +438,11 @@ def _in_lane(x, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _output_phase(words, scores, norms, peak, state, scale, table, BITS: gl.constexpr, UNITS: gl.constexpr,
-                  QUERIES: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr, MASK: gl.constexpr,
-                  SOFTCAP: gl.constexpr):  # fmt: skip
+def _output_phase(words, scores, norms, peak, state, scale, tables, VALUES: gl.constexpr, QUERIES: gl.constexpr,
+                  SUBS: gl.constexpr, WARPS: gl.constexpr, MASK: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """Fold a step into the state: the highest peak, the sums' reference, and the sums p, p |v| and p |v| L."""
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
+    NORMS: gl.constexpr = _norms(VALUES)
     highest, reference, weights, lengths, outputs = state
     highest = gl.maximum(highest, peak)
     moved = gl.maximum(peak, highest - _HEADROOM) - _LOG2_FIXED
@@ -345,37 +450,45 @@ def _output_phase(words, scores, norms, peak, state, scale, table, BITS: gl.cons
     moved3 = gl.expand_dims(moved, 1)
     kept = gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, LANES), assert_trivial=True), 1)
     weights = weights * kept
-    lengths = lengths * kept
+    sums = ()
+    for norm in gl.static_range(NORMS):
+        sums = sums + (lengths[norm] * kept,)
     operands = ()
     for sub in gl.static_range(SUBS):
-        if SOFTCAP:
+        if SCALED:
             p = _exp2(scores[sub] - moved3)
         else:
             p = _exp2(scores[sub] * gl.expand_dims(scale, 1) - moved3)
-        pv = p * gl.expand_dims(_by_row(norms[sub][1], QUERIES, WARPS), 2)
-        if MASK:
-            pv = gl.where(p > 0.0, pv, 0.0)  # what is not seen may have any norm, NaN too
-        operands = operands + (_probability_operand(pv, QUERIES, WARPS),)
         weights += _in_lane(p, QUERIES, WARPS)
-        lengths += _in_lane(pv, QUERIES, WARPS)
+        fixed = ()
+        added = ()
+        for norm in gl.static_range(NORMS):
+            pv = p * gl.expand_dims(_by_row(norms[sub][1][norm], QUERIES, WARPS), 2)
+            if MASK:
+                pv = gl.where(p > 0.0, pv, 0.0)  # what is not seen may have any norm, NaN too
+            fixed = fixed + (_probability_operand(pv, QUERIES, WARPS),)
+            added = added + (sums[norm] + _in_lane(pv, QUERIES, WARPS),)
+        operands = operands + (fixed,)
+        sums = added
     values = ()
     for sub in gl.static_range(SUBS):
-        values = values + (_unpack(words[sub], table, True, BITS, UNITS, WARPS),)
+        values = values + (_unpack(words[sub], tables, VALUES, WARPS),)
     folded = ()
-    for unit in gl.static_range(UNITS):
+    for unit in gl.static_range(_all_units(VALUES)):
         product = gl.zeros([WARPS, 32, 2 * QUERIES], gl.int32, layout=_mma_layout(WARPS))
         for sub in gl.static_range(SUBS):
-            product = mma_v2(values[sub][unit], operands[sub], product)
+            product = mma_v2(values[sub][unit], operands[sub][_norm_of(VALUES, unit)], product)
         folded = folded + (outputs[unit] * gl.expand_dims(keep, 1) + _whole(product, QUERIES, WARPS),)
-    return (highest, moved, weights, lengths, folded)
+    return (highest, moved, weights, sums, folded)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def attend_splits(
-    q_ptr, key_words, value_words, key_norms, value_norms, table_ptr, first_ptr, length_ptr, floor_ptr,
-    partial_ptr, sums_ptr, blocks, splits, heads, rows, queries_per_head, skipped, length, moving, floor, score_scale, softcap,
-    KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, UNITS: gl.constexpr, QUERIES: gl.constexpr,
-    SUBS: gl.constexpr, WARPS: gl.constexpr, SOFTCAP: gl.constexpr, DEPENDENTS: gl.constexpr,
+    q_ptr, key_words, more_key_words, value_words, more_value_words, key_norms, more_key_norms, value_norms,
+    more_value_norms, tables_ptr, first_ptr, length_ptr, floor_ptr, partial_ptr, sums_ptr, blocks, splits, heads,
+    rows, queries_per_head, skipped, length, moving, floor, score_scale, key_ratio, value_ratio, softcap,
+    KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr,
+    SOFTCAP: gl.constexpr, DEPENDENTS: gl.constexpr,
 ):  # fmt: skip
     """Attention of one split of one head's codes, for up to QUERIES query rows that share the head.
 
@@ -384,50 +497,68 @@ def attend_splits(
     Args:
         q_ptr: (batch, heads, rows, head_dim), rotated; a row is a query head and, fastest, one of its
             queries.
-        key_words: (batch, heads, blocks, head_dim * KEY_BITS) int32, as `registers.pack_keys` makes them.
-        value_words: (batch, heads, blocks, head_dim * VALUE_BITS) int32, as `registers.pack_values` makes
-            them.
+        key_words: (batch, heads, blocks, width * bits) int32, as `registers.pack_keys` makes them: the keys'
+            first run.
+        more_key_words: Their second run, or None.
+        value_words: The values' first run, as `registers.pack_values` makes them.
+        more_value_words: Their second run, or None.
         key_norms: (batch, heads, 32 * blocks) float16, by token.
-        value_norms: The same, of values.
-        table_ptr: `unpack.table_tensor`.
+        more_key_norms: The same of the second run, or None if the first is of both.
+        value_norms: The same of values.
+        more_value_norms: The same of values.
+        tables_ptr: `unpack.table_tensor`.
         first_ptr: (batch,) int64, padding tokens at the beginning of each row, or None.
         length_ptr: () int64 to add to `length`, or None.
         floor_ptr: () int64 to use instead of `floor`, or None.
-        partial_ptr: (batch, heads, splits, rows, head_dim) float32 out: sum of p |v| (L + 1/2).
+        partial_ptr: (batch, heads, splits, rows, head_dim) float32 out: sum of p |v| (L + 1/2), the second
+            run's times `value_ratio`.
         sums_ptr: (batch, heads, splits, rows, 2) float32 out: log2 of the reference of the sums, sum of p.
         blocks: Blocks a head has room for.
         splits: Programs that share a head.
         heads: Key and value heads.
-        rows: Query rows a head.
+        rows: Query rows a head has.
         queries_per_head: Queries (new tokens) a query head has.
         skipped: Tokens after the padding whose codes are not read (sinks).
         length: Codes that the first query of a head sees end here.
         moving: 1 if each further query sees one code more, else 0.
         floor: Codes that every query sees end no earlier than here.
-        score_scale: log2(e) * softmax scale / (key level scale * sqrt(head_dim)).
+        score_scale: log2(e) * softmax scale over the first key run's unit, s sqrt(d).
+        key_ratio: The first key run's unit over the second's.
+        value_ratio: The same of values.
         softcap: log2(e) * cap; read only if SOFTCAP.
-        KEY_BITS: Bits a key code, 1..4.
-        VALUE_BITS: Bits a value code, 1..4.
-        UNITS: head_dim / 32.
+        KEYS: ((units of 32 coordinates, bits 1..4, table, norm), ...): one run or two.
+        VALUES: The same of values.
         QUERIES: Query rows at a time: 4, 8 or 16.
         SUBS: Blocks a warp takes in one step.
         WARPS: Warps a program has.
         SOFTCAP: Whether scores are capped.
-        DEPENDENTS: Whether a dependent launch (the combination) waits for this one.
+        DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one (the
+            combination) the end of this one.
     """
+    if DEPENDENTS:
+        gl.inline_asm_elementwise(_WAIT, "=r", [], gl.int32, False, 1)
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
     PEAKS: gl.constexpr = gl.SliceLayout(1, ROWS)
-    DIM: gl.constexpr = 32 * UNITS
+    UNITS: gl.constexpr = _all_units(KEYS)
+    SCALED: gl.constexpr = SOFTCAP or _norms(KEYS) == 2
     STEP: gl.constexpr = 32 * SUBS * WARPS
     split = gl.program_id(0)
     head = gl.program_id(1)
     first_row = gl.program_id(2) * QUERIES
     base = head.to(gl.int64) * blocks
-    key_words += base * (DIM * KEY_BITS)
-    value_words += base * (DIM * VALUE_BITS)
+    key_words += base * (32 * _units(KEYS, 0) * _bits(KEYS, 0))
+    value_words += base * (32 * _units(VALUES, 0) * _bits(VALUES, 0))
     key_norms += base * 32
     value_norms += base * 32
+    if _count(KEYS) == 2:
+        more_key_words += base * (32 * _units(KEYS, 1) * _bits(KEYS, 1))
+    if _count(VALUES) == 2:
+        more_value_words += base * (32 * _units(VALUES, 1) * _bits(VALUES, 1))
+    if _norms(KEYS) == 2:
+        more_key_norms += base * 32
+    if _norms(VALUES) == 2:
+        more_value_norms += base * 32
     start = skipped
     if first_ptr is not None:
         start += gl.load(first_ptr + head // heads).to(gl.int32)
@@ -454,25 +585,42 @@ def attend_splits(
     keys = ()
     norms = ()
     for sub in gl.static_range(SUBS):
-        keys = keys + (_load_words(key_words, first_full, sub, last, KEY_BITS, UNITS, SUBS, WARPS, True),)
-        norms = norms + (_load_norm_pair(key_norms, value_norms, first_full, sub, last, SUBS, WARPS, True),)
-    table = gl.load(
-        table_ptr
-        + gl.zeros([WARPS, 128], gl.int32, layout=_word_layout(WARPS, 4))
-        + gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, _word_layout(WARPS, 4))), 0)
-    )
+        keys = keys + (
+            _load_block(key_words, more_key_words, first_full, sub, last, KEYS, SUBS, WARPS, True),
+        )
+        norms = norms + ((
+            _load_norms(key_norms, more_key_norms, first_full, sub, last, KEYS, SUBS, WARPS, True),
+            _load_norms(value_norms, more_value_norms, first_full, sub, last, VALUES, SUBS, WARPS, True),
+        ),)  # fmt: skip
+    TABLE: gl.constexpr = _word_layout(WARPS, 4)
+    tables = ()
+    for k in gl.static_range(_table_loads(KEYS, VALUES)):
+        lane_words = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, TABLE)), 0)
+        at = gl.zeros([WARPS, 128], gl.int32, layout=TABLE) + lane_words
+        tables = tables + (gl.load(tables_ptr + 128 * k + at),)
     left = rows - first_row
-    q_operands, halves, scale = _query_operands(
-        q_ptr + (head * rows + first_row) * DIM, left, DIM, score_scale, QUERIES, UNITS, WARPS
-    )
+    operands = ()
+    halves = ()
+    scales = ()
+    for norm in gl.static_range(_norms(KEYS)):
+        made, half, scale = _query_operands(
+            q_ptr + (head * rows + first_row) * (32 * UNITS), left, 32 * UNITS, score_scale, key_ratio, KEYS,
+            norm, QUERIES, WARPS,
+        )  # fmt: skip
+        operands = operands + made
+        halves = halves + (half,)
+        scales = scales + (scale,)
     outputs = ()
     for _ in gl.static_range(UNITS):
         outputs = outputs + (gl.zeros([WARPS, 32, QUERIES], gl.float32, layout=ROWS),)
+    lengths = ()
+    for _ in gl.static_range(_norms(VALUES)):
+        lengths = lengths + (gl.zeros([WARPS, 8, QUERIES], gl.float32, layout=LANES),)
     state = (
         gl.full([WARPS, QUERIES], _LOWEST, gl.float32, layout=PEAKS),
         gl.full([WARPS, QUERIES], _LOWEST, gl.float32, layout=PEAKS),
         gl.zeros([WARPS, 8, QUERIES], gl.float32, layout=LANES),
-        gl.zeros([WARPS, 8, QUERIES], gl.float32, layout=LANES),
+        lengths,
         outputs,
     )
 
@@ -480,21 +628,25 @@ def attend_splits(
         values = ()
         for sub in gl.static_range(SUBS):
             values = values + (
-                _load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, False),
+                _load_block(value_words, more_value_words, step, sub, last, VALUES, SUBS, WARPS, False),
             )
         now = norms
-        scores, peak = _score_phase(keys, now, q_operands, halves, scale, table, step, start, limit, softcap,
-                                    KEY_BITS, UNITS, QUERIES, SUBS, WARPS, False, SOFTCAP)  # fmt: skip
-        following = gl.minimum(step + 1, end_full - 1)
+        scores, peak = _score_phase(keys, now, operands, halves, scales, tables, step, start, limit, softcap,
+                                    KEYS, VALUES, QUERIES, SUBS, WARPS, False, SOFTCAP)  # fmt: skip
+        # Not minimum(step + 1, end_full - 1): some compilers then run short of registers at 3 bits.
+        following = gl.minimum(step, end_full - 2) + 1
         keys = ()
         norms = ()
         for sub in gl.static_range(SUBS):
-            keys = keys + (_load_words(key_words, following, sub, last, KEY_BITS, UNITS, SUBS, WARPS, False),)
-            norms = norms + (
-                _load_norm_pair(key_norms, value_norms, following, sub, last, SUBS, WARPS, False),
+            keys = keys + (
+                _load_block(key_words, more_key_words, following, sub, last, KEYS, SUBS, WARPS, False),
             )
-        state = _output_phase(values, scores, now, peak, state, scale, table, VALUE_BITS, UNITS, QUERIES, SUBS, WARPS,
-                              False, SOFTCAP)  # fmt: skip
+            norms = norms + ((
+                _load_norms(key_norms, more_key_norms, following, sub, last, KEYS, SUBS, WARPS, False),
+                _load_norms(value_norms, more_value_norms, following, sub, last, VALUES, SUBS, WARPS, False),
+            ),)  # fmt: skip
+        state = _output_phase(values, scores, now, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
+                              False, SCALED)  # fmt: skip
 
     # The few steps at either end whose tokens are not all visible.
     before = first_full - begin
@@ -504,42 +656,53 @@ def attend_splits(
         norms = ()
         values = ()
         for sub in gl.static_range(SUBS):
-            keys = keys + (_load_words(key_words, step, sub, last, KEY_BITS, UNITS, SUBS, WARPS, True),)
-            norms = norms + (_load_norm_pair(key_norms, value_norms, step, sub, last, SUBS, WARPS, True),)
+            keys = keys + (_load_block(key_words, more_key_words, step, sub, last, KEYS, SUBS, WARPS, True),)
+            norms = norms + ((
+                _load_norms(key_norms, more_key_norms, step, sub, last, KEYS, SUBS, WARPS, True),
+                _load_norms(value_norms, more_value_norms, step, sub, last, VALUES, SUBS, WARPS, True),
+            ),)  # fmt: skip
             values = values + (
-                _load_words(value_words, step, sub, last, VALUE_BITS, UNITS, SUBS, WARPS, True),
+                _load_block(value_words, more_value_words, step, sub, last, VALUES, SUBS, WARPS, True),
             )
-        scores, peak = _score_phase(keys, norms, q_operands, halves, scale, table, step, start, limit, softcap,
-                                    KEY_BITS, UNITS, QUERIES, SUBS, WARPS, True, SOFTCAP)  # fmt: skip
-        state = _output_phase(values, scores, norms, peak, state, scale, table, VALUE_BITS, UNITS, QUERIES, SUBS,
-                              WARPS, True, SOFTCAP)  # fmt: skip
+        scores, peak = _score_phase(keys, norms, operands, halves, scales, tables, step, start, limit, softcap,
+                                    KEYS, VALUES, QUERIES, SUBS, WARPS, True, SOFTCAP)  # fmt: skip
+        state = _output_phase(values, scores, norms, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
+                              True, SCALED)  # fmt: skip
 
     if DEPENDENTS:
         gl.inline_asm_elementwise(_LAUNCH_DEPENDENTS, "=r", [], gl.int32, False, 1)
     _store_split(
-        state, partial_ptr, sums_ptr, (head * splits + split) * rows + first_row, left, UNITS, QUERIES, WARPS
-    )
+        state, partial_ptr, sums_ptr, (head * splits + split) * rows + first_row, left, value_ratio, VALUES,
+        QUERIES, WARPS,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _store_split(state, partial_ptr, sums_ptr, row, left, UNITS: gl.constexpr, QUERIES: gl.constexpr,
+def _store_split(state, partial_ptr, sums_ptr, row, left, ratio, VALUES: gl.constexpr, QUERIES: gl.constexpr,
                  WARPS: gl.constexpr):  # fmt: skip
     """Merge the warps' softmaxes and write the split's sums."""
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
+    UNITS: gl.constexpr = _all_units(VALUES)
     _, reference, weights, lengths, outputs = state
     top = gl.max(reference, 0)
     share = _exp2(reference - gl.expand_dims(top, 0))
     lane_share = gl.convert_layout(share, gl.SliceLayout(1, LANES), assert_trivial=True)
     total = gl.sum(gl.sum(weights, 1) * lane_share, 0)
-    half = gl.convert_layout(0.5 * gl.sum(lengths, 1), gl.SliceLayout(1, ROWS), assert_trivial=True)
+    halves = ()
+    for norm in gl.static_range(_norms(VALUES)):
+        half = gl.convert_layout(0.5 * gl.sum(lengths[norm], 1), gl.SliceLayout(1, ROWS), assert_trivial=True)
+        halves = halves + (half,)
     MERGED: gl.constexpr = gl.SliceLayout(0, ROWS)
     dim = gl.arange(0, 32, layout=gl.SliceLayout(1, MERGED))
     query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, MERGED))
     at = gl.expand_dims((row + query) * (32 * UNITS), 0) + gl.expand_dims(dim, 1)
     inside = gl.expand_dims(query, 0) < left + gl.zeros([32, QUERIES], gl.int32, layout=MERGED)
     for unit in gl.static_range(UNITS):
-        merged = gl.sum((outputs[unit] + gl.expand_dims(half, 1)) * gl.expand_dims(share, 1), 0)
+        half = gl.expand_dims(halves[_norm_of(VALUES, unit)], 1)
+        merged = gl.sum((outputs[unit] + half) * gl.expand_dims(share, 1), 0)
+        if _run_of(VALUES, unit) == 1:
+            merged = merged * ratio
         gl.store(partial_ptr + at + 32 * unit, merged, mask=inside)
     query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
     gl.store(sums_ptr + 2 * (row + query), top, mask=query < left)
@@ -547,33 +710,37 @@ def _store_split(state, partial_ptr, sums_ptr, row, left, UNITS: gl.constexpr, Q
     gl.store(sums_ptr + 2 * (row + query) + 1, total, mask=query < left)
 
 
-def source_for(**constants: int | bool) -> GluonASTSource:
+def source_for(**constants: object) -> GluonASTSource:
     """The kernel as a launch would compile it, for compilation without a device.
 
     Args:
-        constants: KEY_BITS, VALUE_BITS, UNITS, QUERIES, SUBS, WARPS, SOFTCAP, DEPENDENTS.
+        constants: KEYS, VALUES, QUERIES, SUBS, WARPS, SOFTCAP, DEPENDENTS.
 
     Returns:
         What `triton.compile` takes, for float32 queries without padding and lengths known to the host.
     """
-    types = {
-        "q_ptr": "*fp32",
-        "key_words": "*i32",
-        "value_words": "*i32",
-        "key_norms": "*fp16",
-        "value_norms": "*fp16",
+    keys: Any = constants["KEYS"]
+    values: Any = constants["VALUES"]
+    absent = {
+        "more_key_words": len(keys) == 1,
+        "more_value_words": len(values) == 1,
+        "more_key_norms": keys[-1][3] == 0,
+        "more_value_norms": values[-1][3] == 0,
+        "first_ptr": True,
+        "length_ptr": True,
+        "floor_ptr": True,
     }
-    types |= {
-        "table_ptr": "*i32",
-        "first_ptr": "constexpr",
-        "length_ptr": "constexpr",
-        "floor_ptr": "constexpr",
-    }
+    types = {"q_ptr": "*fp32"}
+    types |= {f"{more}{side}_words": "*i32" for side in ("key", "value") for more in ("", "more_")}
+    types |= {f"{more}{side}_norms": "*fp16" for side in ("key", "value") for more in ("", "more_")}
+    types |= {"tables_ptr": "*i32"} | dict.fromkeys(("first_ptr", "length_ptr", "floor_ptr"), "*i64")
     types |= {"partial_ptr": "*fp32", "sums_ptr": "*fp32"}
+    types |= {name: "constexpr" for name, left_out in absent.items() if left_out}
     pointers = {
         (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ != "constexpr"
     }
-    types |= dict.fromkeys(_SIZES, "i32") | {"score_scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(_SIZES, "i32")
+    types |= dict.fromkeys(("score_scale", "key_ratio", "value_ratio", "softcap"), "fp32")
     types |= dict.fromkeys(constants, "constexpr")
-    values = {"first_ptr": None, "length_ptr": None, "floor_ptr": None, **constants}
-    return GluonASTSource(attend_splits, types, values, pointers)
+    left_out = {name: None for name, missing in absent.items() if missing}
+    return GluonASTSource(attend_splits, types, left_out | constants, pointers)

@@ -11,12 +11,57 @@ Integer instructions for 32 codes: 36 at 4 bits, 21 at 3, 18 at 2, 19 at 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["level_table", "table_tensor", "unpack_ptx"]
+from turboquant_kernels.registers import UNIT
+
+__all__ = ["MOST_RUNS", "Codes", "kernel_runs", "level_table", "table_tensor", "unpack_ptx"]
+
+Runs = tuple[tuple[int, int, int, int], ...]
+Tables = tuple[tuple[tuple[int, ...], int], ...]
+
+MOST_RUNS = 2
+"""Runs of codes that a token's key, or value, may have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Keys or values of a layer: runs of rotated coordinates, each with bits and levels of its own.
+
+    Attributes:
+        words: Of each run, (B, G, blocks, width * bits) int32, contiguous.
+        norms: (B, G, 32 * blocks) float16: one of all runs, or one of each.
+        bits: Bits a code of each run, 1..4.
+        levels: Of each run, the whole L >= 0 of its levels +-(L + 1/2) / s.
+        units: Of each run, s sqrt(d), d being the coordinates that were rotated together: a coordinate is
+            the norm times +-(L + 1/2) over this.
+    """
+
+    words: tuple[Tensor, ...]
+    norms: tuple[Tensor, ...]
+    bits: tuple[int, ...]
+    levels: tuple[tuple[int, ...], ...]
+    units: tuple[float, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Coordinates of each run."""
+        return tuple(w.shape[-1] // b for w, b in zip(self.words, self.bits, strict=True))
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, averaged over the coordinates."""
+        widths = self.widths
+        return sum(w * b for w, b in zip(widths, self.bits, strict=True)) / sum(widths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that attention must read."""
+        return sum(t.nbytes for t in (*self.words, *self.norms))
 
 
 def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:
@@ -48,13 +93,13 @@ def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def unpack_ptx(bits: int, units: int, values: bool) -> tuple[str, str]:
+def unpack_ptx(bits: int, units: int, second: bool) -> tuple[str, str]:
     """PTX that turns a lane's words of some units into int8 quads, and its operand constraints.
 
     Args:
         bits: Bits a code, 1..4.
         units: Units of 32 x 32 codes, 1..4 (more than 4: several calls).
-        values: Whether levels are the table's third and fourth word (values) or first and second (keys).
+        second: Whether levels are the table's third and fourth word or first and second.
 
     Returns:
         Text with outputs 8 a unit; inputs four a load (see `registers`; a load of fewer words repeats each of
@@ -62,7 +107,7 @@ def unpack_ptx(bits: int, units: int, values: bool) -> tuple[str, str]:
     """
     outputs = 8 * units
     words, loads = _word_operands(bits * units)
-    table = outputs + 4 * loads + 2 * values
+    table = outputs + 4 * loads + 2 * second
     low, high = f"${table}", f"${table + 1}"
     lines = []
     for unit in range(units):
@@ -149,11 +194,46 @@ def _pair(quad: list[str], low: str) -> list[str]:
     return [f"prmt.b32 {quad[0]}, {low}, 0, m;", "shr.u32 m, m, 16;", f"prmt.b32 {quad[1]}, {low}, 0, m;"]
 
 
-def table_tensor(keys: tuple[int, int], values: tuple[int, int], device: torch.device) -> Tensor:
-    """The level tables as every lane of a warp loads them: 16 bytes a lane, the same in each.
+def kernel_runs(keys: Codes, values: Codes) -> tuple[Runs, Runs, Tables]:
+    """What the kernel is compiled for. Runs of the same levels share a table, and its registers.
+
+    Args:
+        keys: Codes of the keys.
+        values: Codes of the values.
+
+    Returns:
+        (units of 32 coordinates, bits, table, norm) of each run of the keys and of the values; and (levels,
+        bits) of each table.
+    """
+    needed = [*zip(keys.levels, keys.bits, strict=True), *zip(values.levels, values.bits, strict=True)]
+    tables = tuple(dict.fromkeys(needed))
+    slots = iter([tables.index(each) for each in needed])
+    made = [
+        tuple(
+            (width // UNIT, bits, next(slots), min(i, len(side.norms) - 1))
+            for i, (width, bits) in enumerate(zip(side.widths, side.bits, strict=True))
+        )
+        for side in (keys, values)
+    ]
+    return made[0], made[1], tables
+
+
+@lru_cache(maxsize=64)
+def table_tensor(tables: Tables, device: torch.device) -> Tensor:
+    """Level tables as every lane of a warp loads them: two in 16 bytes a lane, the same in each lane.
 
     The load's address depends on the lane so that the compiler keeps the words in ordinary registers: a value
     that it knows to be the same in all lanes goes to uniform ones, and `prmt` would copy it back at every
     use.
+
+    Args:
+        tables: (levels, bits) of each table.
+        device: Where to.
+
+    Returns:
+        (loads, 128) int32.
     """
-    return torch.tensor([*keys, *values] * 32, dtype=torch.int32, device=device)
+    pairs = [level_table(levels, bits) for levels, bits in tables]
+    pairs += pairs[-1:] * (len(pairs) % 2)
+    loads = [[*pairs[i], *pairs[i + 1]] * 32 for i in range(0, len(pairs), 2)]
+    return torch.tensor(loads, dtype=torch.int32, device=device)
