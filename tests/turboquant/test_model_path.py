@@ -302,6 +302,9 @@ def test_bytes_are_those_that_the_configuration_predicts(checkpoint, name):
             detach(model)
         predicted = cache_memory(read_config(folder), chosen, context=200, batch=2)
         assert cache.stored_bytes() == predicted.stored
+        fewer = read_config(folder)
+        fewer.get_text_config(decoder=True).num_key_value_heads = 1
+        assert cache_memory(fewer, chosen, context=200, batch=2).stored < predicted.stored
         real = cache_memory(registered.make_config(), chosen, context=200, batch=2)
         assert predicted.bits("nominal") == real.bits("nominal")
         assert predicted.bits("effective") == real.bits("effective")
