@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboquant.theory import check_dim
-from turboquant_kernels.hadamard import hadamard, hadamard_order
+from turboquant_kernels.hadamard import hadamard_order, rotate
 
 __all__ = [
     "HaarRotation",
@@ -122,15 +122,11 @@ class HadamardRotation:
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate each vector of x, (..., dim) float32."""
-        for factor in self._factors:
-            x = hadamard(x * factor)
-        return x
+        return rotate(x, self._factors)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Undo `forward` on each vector of z, (..., dim) float32."""
-        for factor in self._factors.flip(0):
-            z = hadamard(z, transpose=True).mul_(factor)
-        return z
+        return rotate(z, self._factors, inverse=True)
 
     def to(self, device: torch.device | str) -> Self:
         """The same rotation for tensors on another device."""

@@ -1,4 +1,7 @@
-"""Enough of PTX, on the CPU, to run the kernels' instruction texts for a whole warp."""
+"""Enough of PTX, on the CPU, to run the kernels' instruction texts for a whole warp.
+
+Registers hold int64, unsigned 32-bit values; float instructions see float32 of the same bits.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,10 @@ def run_warp(text: str, outputs: int, inputs: list[torch.Tensor]) -> list[torch.
         words = re.split(r"[\s,]+", line.strip())
         if not words[0] or words[0].startswith(".reg"):
             continue
+        condition = read(words.pop(0)[1:]) if words[0].startswith("@") else None
         operation, target, arguments = words[0], words[1], [read(w) for w in words[2:]]
-        registers[target] = OPERATIONS[operation](*arguments)
+        result = OPERATIONS[operation](*arguments)
+        registers[target] = result if condition is None else torch.where(condition, result, read(target))
     return [registers[f"${i}"] for i in range(outputs)]
 
 
@@ -67,7 +72,24 @@ def movmatrix_transposed(a: torch.Tensor) -> torch.Tensor:
     return (low | (high << 16)).flatten(-2)
 
 
+def signed(a: torch.Tensor) -> torch.Tensor:
+    """As a 32-bit integer with a sign."""
+    return a - ((a >> 31) << 32)
+
+
+def number(a: torch.Tensor) -> torch.Tensor:
+    """The float32 with these bits."""
+    return signed(a).to(torch.int32).view(torch.float32)
+
+
 OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "add.u32": lambda a, b: (a + b) & MASK,
+    "add.s32": lambda a, b: (a + b) & MASK,
+    "shr.s32": lambda a, b: (signed(a) >> b) & MASK,
+    "abs.f32": lambda a: a & 0x7FFFFFFF,
+    "setp.ge.f32": lambda a, b: number(a) >= number(b),
+    "selp.f32": lambda a, b, condition: torch.where(condition, a, b),
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,

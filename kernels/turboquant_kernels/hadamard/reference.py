@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["hadamard", "hadamard_order", "hadamard_seed"]
+__all__ = ["hadamard", "hadamard_order", "hadamard_seed", "rotate"]
 
 
 def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
@@ -67,6 +67,26 @@ def _opaque(x: Tensor, transpose: bool) -> Tensor:
 @_opaque.register_fake
 def _(x: Tensor, transpose: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def rotate(x: Tensor, factors: Tensor, *, inverse: bool = False) -> Tensor:
+    """H S_k ... H S_1 x along the last axis, or its inverse.
+
+    Args:
+        x: (..., d) float32.
+        factors: (k, d) float32, the diagonals S: signs over sqrt(d).
+        inverse: Whether to undo the rotation instead.
+
+    Returns:
+        (..., d) float32, a new tensor.
+    """
+    if inverse:
+        for factor in factors.flip(0):
+            x = hadamard(x, transpose=True).mul_(factor)
+        return x
+    for factor in factors:
+        x = hadamard(x * factor)
+    return x
 
 
 def hadamard_order(dim: int) -> int:

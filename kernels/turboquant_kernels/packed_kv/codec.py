@@ -52,6 +52,7 @@ class Run:
         levels: float32 (2^bits,), ascending, for coordinates of variance 1.
         thresholds: float32 (2^bits - 1,), ascending; a code is the number of thresholds <= the coordinate.
         grid: For levels +-(L + 1/2) / s with whole L, as int8 tensor cores need them: the positive L, and s.
+        symmetric: Whether the thresholds are t and -t, and 0; found out from them unless it is known.
     """
 
     width: int
@@ -59,6 +60,12 @@ class Run:
     levels: Tensor
     thresholds: Tensor
     grid: tuple[tuple[int, ...], float] | None = None
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.symmetric is None:
+            # Once, where tables are made: asking a device would wait for it.
+            object.__setattr__(self, "symmetric", torch.equal(self.thresholds, -self.thresholds.flip(0)))
 
     def to(self, device: torch.device | str) -> Run:
         """The same run on another device."""

@@ -1,18 +1,19 @@
-"""When can one launch append a token, and how is it launched?"""
+"""When can one launch append a token, or encode those of a prefill, and how is it launched?"""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from turboquant_kernels.packed_kv.codec import Codec, GroupCodec, VectorCodec
-from turboquant_kernels.packed_kv.layout import Side, in_register_order
+from turboquant_kernels import device
+from turboquant_kernels.packed_kv.codec import Codec, GroupCodec, Run, VectorCodec
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, in_register_order
 
-__all__ = ["append", "suits"]
+__all__ = ["append", "encode", "encodes", "suits"]
+
+_DIMS = (64, 128, 256)
 
 
 def suits(codec: Codec, token: Tensor) -> bool:
@@ -25,7 +26,7 @@ def suits(codec: Codec, token: Tensor) -> bool:
     Returns:
         Whether it can.
     """
-    return _on_device(token) and _group(codec) is not None
+    return device.has_triton(token) and _group(codec) is not None
 
 
 def append(
@@ -68,6 +69,73 @@ def append(
     )  # fmt: skip
 
 
+def encodes(codec: Codec, x: Tensor) -> bool:
+    """Whether `encode` can encode with this codec where the tokens are.
+
+    Args:
+        codec: One run or two of 1..4 bits, one norm, thresholds t and -t, and a Hadamard rotation of 64,
+            128 or 256 coordinates are what it can do.
+        x: (B, G, n, D).
+
+    Returns:
+        Whether it can.
+    """
+    return device.has_triton(x) and x.dtype in device.FLOATS and _runs(codec) is not None
+
+
+def encode(
+    codec: Codec,
+    x: Tensor,
+    words: Sequence[Tensor],
+    norms: Tensor,
+    start: int | Tensor,
+    encoded: int | Tensor,
+    side: Side,
+) -> None:
+    """Write codes and norms of tokens where they belong; those that have codes keep them.
+
+    Args:
+        codec: One that `encodes`.
+        x: (B, G, n, D), tokens start, start + 1, ...
+        words: Of each run, (B, G, blocks, width * bits) int32.
+        norms: (B, G, blocks * 32) float16; tokens beyond are left out.
+        start: Number of the first token, on the host or () int64 on the device.
+        encoded: Tokens that have codes, likewise.
+        side: Whether words are laid out as keys or as values.
+    """
+    from turboquant_kernels.packed_kv.encode import encode_tokens
+
+    found = _runs(codec)
+    assert found is not None  # for mypy: `encodes` asks
+    group, (first, *rest) = found
+    factors: Tensor = group.rotation.factors  # type: ignore[attr-defined]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch, heads, count, dim = x.shape
+    lengths = [n if isinstance(n, Tensor) else None for n in (start, encoded)]
+    numbers = [0 if isinstance(n, Tensor) else n for n in (start, encoded)]
+    touched = (count + BLOCK - 2) // BLOCK + 1
+    if isinstance(start, int):
+        touched = -(-(start + count) // BLOCK) - start // BLOCK
+    encode_tokens[(batch * heads * touched,)](
+        x, words[0], words[1] if rest else None, norms, factors, first.thresholds,
+        rest[0].thresholds if rest else None, *lengths, *numbers, count, words[0].shape[2], heads, touched,
+        *x.stride()[:3], math.sqrt(dim), BITS=first.bits, OTHER_BITS=rest[0].bits if rest else 0,
+        UNITS=dim // 32, FIRST_UNITS=first.width // 32, LOG=dim.bit_length() - 1, ROUNDS=factors.shape[0],
+        VALUES=side == "value", PTX=x.is_cuda, num_warps=max(1, dim // 128), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _runs(codec: Codec) -> tuple[GroupCodec, tuple[Run, ...]] | None:
+    if not isinstance(codec, VectorCodec) or len(codec.groups) != 1 or codec.dim not in _DIMS:
+        return None
+    group = codec.groups[0]
+    if group.sketch is not None or len(group.coded) > 2 or not hasattr(group.rotation, "factors"):
+        return None
+    fits = all(run.symmetric and in_register_order(run.width, run.bits) for run in group.coded)
+    return (group, group.coded) if fits else None
+
+
 def _group(codec: Codec) -> GroupCodec | None:
     if not isinstance(codec, VectorCodec) or len(codec.groups) != 1:
         return None
@@ -76,12 +144,3 @@ def _group(codec: Codec) -> GroupCodec | None:
         return None
     power = group.dim & (group.dim - 1) == 0
     return group if power and in_register_order(group.dim, group.coded[0].bits) else None
-
-
-def _on_device(token: Tensor) -> bool:
-    return token.is_cuda and not torch.compiler.is_compiling() and _triton()
-
-
-@lru_cache(maxsize=1)
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

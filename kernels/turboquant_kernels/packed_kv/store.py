@@ -161,6 +161,9 @@ class PackedKV:
         sinks: So many first tokens of each row stay raw.
         capacity: Tokens to allocate for; None grows.
 
+    Attributes:
+        encoding: What made the newest codes: "triton" (one launch a half) or "torch"; None before the first.
+
     Raises:
         ValueError: If a number is negative.
     """
@@ -176,6 +179,7 @@ class PackedKV:
         self.window = window
         self.sinks = sinks
         self.capacity = capacity
+        self.encoding: str | None = None
         self.first: Tensor | None = None
         self.length: Length = 0
         self.encoded: Length = 0
@@ -475,20 +479,33 @@ class PackedKV:
             if x.shape[2] == 0:
                 return
             self._fit(half, x, start)
+        if fused.encodes(half.codec, x):
+            fused.encode(half.codec, x, half.words, half.scales[0], start, self.encoded, half.side)
+            self.encoding = "triton"
+            if isinstance(start, int) and x.shape[2] > 1:
+                self._check_norms(half, half.scales[0][:, :, start : start + x.shape[2]])
+            return
+        self.encoding = "torch"
         batch, heads, count, dim = x.shape
         at_once = _ENCODED_AT_ONCE.get(x.device.type, _ENCODED_AT_ONCE["cpu"]) // (batch * heads * dim)
         at_once = max(BLOCK, at_once // BLOCK * BLOCK)
         for i in range(0, count, at_once):
             codes, scales = half.codec.encode(x[:, :, i : i + at_once])
-            if isinstance(start, int) and count > 1 and any(bool(torch.isinf(s).any()) for s in scales):
-                raise ValueError(
-                    f"the norm of a {half.side} is infinite or exceeds {FP16_MAX:.0f}, the largest that fp16 "
-                    f"can store: scale the {half.side}s down, or keep this layer uncompressed"
-                )
+            if isinstance(start, int) and count > 1:
+                self._check_norms(half, *scales)
             self._write(half, codes, scales, start + i)
+
+    @staticmethod
+    def _check_norms(half: Half, *scales: Tensor) -> None:
+        if any(bool(torch.isinf(numbers).any()) for numbers in scales):
+            raise ValueError(
+                f"the norm of a {half.side} is infinite or exceeds {FP16_MAX:.0f}, the largest that fp16 "
+                f"can store: scale the {half.side}s down, or keep this layer uncompressed"
+            )
 
     def _append(self, half: Half, token: Tensor, before: Length) -> None:
         """Encode what leaves the window and put the new token in its place, in one launch."""
+        self.encoding = "triton"
         if isinstance(before, int):
             self._reserve(half, before - self.window + 1)
         fused.append(

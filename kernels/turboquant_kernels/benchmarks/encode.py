@@ -1,0 +1,313 @@
+"""How fast do tokens become codes, and what does the same rotation cost alone on the same device?
+
+    python -m turboquant_kernels.benchmarks.encode [--anyway] [--vectors N] [--out DIR]
+
+Correctness comes first: nothing is timed while a kernel's bytes are not those of the torch reference. Inputs
+rotate among sets that together exceed the cache; launches are replayed from a graph. Bandwidths are of the
+bytes a kernel must read and write; the copy's counts bytes read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turboquant_kernels import hadamard
+from turboquant_kernels.benchmarks.decode import LEVELS
+from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
+from turboquant_kernels.hadamard import reference
+from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Run, VectorCodec, fused
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
+
+__all__ = ["SignedHadamard", "codec_of", "main"]
+
+CACHE_BYTES = 3e8  # several times the L2 cache
+DIMS = (64, 128, 256)
+BITS = (4, 3, 2)
+
+
+class SignedHadamard:
+    """A rotation of three rounds with random signs."""
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate x, (..., d) float32."""
+        return hadamard.rotate(x, self.factors)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo `forward`."""
+        return hadamard.rotate(z, self.factors, inverse=True)
+
+    def to(self, device: torch.device | str) -> SignedHadamard:
+        """The same rotation on another device."""
+        return SignedHadamard(self.factors.to(device))
+
+
+def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0) -> VectorCodec:
+    """A codec with one norm whose runs are (width, bits); what its levels are does not matter for time."""
+    source = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (3, dim), generator=source) * 2 - 1
+    runs = []
+    for width, bits in parts:
+        positive, scale = LEVELS[bits]
+        half = (torch.tensor(positive, dtype=torch.float64) + 0.5) / scale
+        levels = torch.cat([-half.flip(0), half])
+        thresholds = ((levels[:-1] + levels[1:]) / 2).float()
+        runs.append(Run(width, bits, levels.float(), thresholds, (positive, scale)))
+    return VectorCodec([GroupCodec(SignedHadamard(signs.float() / math.sqrt(dim)), runs)])
+
+
+@dataclass
+class Store:
+    """Room for the codes of one half."""
+
+    words: list[Tensor]
+    norms: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and norms."""
+        return self.norms.nbytes + sum(words.nbytes for words in self.words)
+
+
+def room(codec: VectorCodec, batch: int, heads: int, tokens: int, fill: int = -1) -> Store:
+    """Storage whose old contents are known."""
+    blocks = -(-tokens // BLOCK)
+    words = [
+        torch.full((batch, heads, blocks, width * bits), fill, dtype=torch.int32, device="cuda")
+        for width, bits in codec.runs
+    ]
+    norms = torch.full((batch, heads, blocks * BLOCK), float("nan"), dtype=torch.float16, device="cuda")
+    return Store(words, norms)
+
+
+def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
+    """Whole blocks by the reference: torch operations on the device."""
+    codes, scales = codec.encode(x)
+    words = [
+        pack(found.view(*found.shape[:2], -1, BLOCK, found.shape[-1]), bits, side)
+        for found, (_, bits) in zip(codes, codec.runs, strict=True)
+    ]
+    return Store(words, scales[0])
+
+
+def wrong_bytes(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
+    """How many differ."""
+    return sum(
+        int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def checks() -> dict[str, Callable[[], int]]:
+    """Cases by name; each returns the number of wrong bytes."""
+
+    def encoding(dim: int, parts: tuple[tuple[int, int], ...], side: Side, dtype: torch.dtype) -> int:
+        codec = codec_of(dim, *parts, seed=len(parts) + dim).to("cuda")
+        x = torch.randn(2, 8, 4096, dim, device="cuda").to(dtype)
+        x[..., 5] *= 30
+        x[0, 0, 7], x[0, 1, 8], x[0, 2, 9, 3] = 0, 1e-13, float("nan")
+        store = room(codec, 2, 8, 4096)
+        fused.encode(codec, x, store.words, store.norms, 0, 0, side)
+        expected = encoded_by_torch(codec, x, side)
+        return wrong_bytes([*store.words, store.norms], [*expected.words, expected.norms])
+
+    def rotating(dim: int, rows: int, inverse: bool, dtype: torch.dtype) -> int:
+        factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+        x = torch.randn(rows, dim, device="cuda").to(dtype)
+        found = hadamard.rotate(x, factors, inverse=inverse)
+        return wrong_bytes([found], [reference.rotate(x.float(), factors, inverse=inverse)])
+
+    found: dict[str, Callable[[], int]] = {}
+    sides: tuple[Side, Side] = ("key", "value")
+    for dim in DIMS:
+        for bits in (4, 3, 2, 1):
+            for side in sides:
+                found[f"encode d {dim} bits {bits} {side}"] = partial(
+                    encoding, dim, ((dim, bits),), side, torch.bfloat16
+                )
+        for rows in (1, 33, 20000):
+            found[f"rotate d {dim} rows {rows}"] = partial(rotating, dim, rows, False, torch.bfloat16)
+            found[f"rotate back d {dim} rows {rows}"] = partial(rotating, dim, rows, True, torch.float32)
+    for side in sides:
+        found[f"encode 32 x 4 + 96 x 3 bits {side}"] = partial(
+            encoding, 128, ((32, 4), (96, 3)), side, torch.float16
+        )
+        found[f"encode float32 {side}"] = partial(encoding, 128, ((128, 4),), side, torch.float32)
+    return found
+
+
+def run_check(name: str) -> str:
+    """What is wrong in a case; nothing if it passes."""
+    torch.manual_seed(0)
+    try:
+        off = checks()[name]()
+    except Exception:
+        return traceback.format_exc()[-1500:]
+    return f"{off} bytes" if off else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    timing: Timing
+    nbytes: int
+
+    def text(self, copied: float, reference_time: float | None = None) -> str:
+        """The line, and times of a reference."""
+        t = self.timing
+        line = (
+            f"{self.what:44} {t.p20:8.1f} {t.p50:8.1f} {t.p80:8.1f} us "
+            f"{self.nbytes / t.p50 / 1e3:5.0f} GB/s {self.nbytes / t.p50 * 1e6 / copied:4.0%}"
+        )
+        return line if reference_time is None else f"{line}  x {t.p50 / reference_time:.2f} of the rotation"
+
+
+def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
+    """Rotation alone, and encoding, of so many bf16 vectors; also the rotation's time."""
+    heads = 64
+    tokens = vectors // heads
+    sets = 1 + math.ceil(CACHE_BYTES / (2 * vectors * dim))
+    inputs = [torch.randn(1, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+    factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+    rows = []
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
+        timing = time_launches([partial(hadamard.rotate, x, factors, dtype=dtype) for x in inputs])
+        size = inputs[0].nbytes + inputs[0].numel() * dtype.itemsize
+        rows.append(Row(f"d {dim:3} rotation alone, writing {name}", timing, size))
+    alone = rows[0].timing.p50
+    sides: tuple[Side, Side] = ("key", "value")
+    cases = [((dim, bits),) for bits in BITS] + ([((32, 4), (96, 3))] if dim == 128 else [])
+    for parts in cases:
+        for side in sides:
+            codec = codec_of(dim, *parts).to("cuda")
+            stores = [room(codec, 1, heads, tokens) for _ in inputs]
+            timing = time_launches(
+                [
+                    partial(fused.encode, codec, x, store.words, store.norms, 0, 0, side)
+                    for x, store in zip(inputs, stores, strict=True)
+                ]
+            )
+            name = " + ".join(f"{width} x {bits}" for width, bits in parts)
+            rows.append(
+                Row(f"d {dim:3} encode {name} bits, {side}s", timing, inputs[0].nbytes + stores[0].nbytes)
+            )
+    return rows, alone
+
+
+def time_torch(dim: int, vectors: int, bits: int) -> Row:
+    """The reference's operations on the device, packing included."""
+    codec = codec_of(dim, (dim, bits)).to("cuda")
+    x = torch.randn(1, 64, vectors // 64, dim, dtype=torch.bfloat16, device="cuda")
+    timing = time_launches([partial(encoded_by_torch, codec, x, "key")], at_least=2, replays=7)
+    size = x.nbytes + room(codec, 1, 64, vectors // 64).nbytes
+    return Row(f"d {dim:3} encode {dim} x {bits} bits, keys, by torch", timing, size)
+
+
+def time_append(batch: int, window: int, dim: int = 128, bits: int = 4, heads: int = 8) -> Row:
+    """One decoding step's keys and values into a cache of fixed capacity, lengths on the device."""
+    tokens = 4096
+    kv = PackedKV(
+        codec_of(dim, (dim, bits), seed=1),
+        codec_of(dim, (dim, bits), seed=2),
+        window=window,
+        capacity=2 * tokens,
+    )
+    start = [torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    kv.update(start[0], start[1])
+    new = [x[:, :, :1].clone() for x in start]
+    both = [kv.keys, kv.values]
+
+    def step() -> None:
+        for half, token in zip(both, new, strict=True):
+            fused.append(
+                half.codec,
+                half.recent,
+                token,
+                half.words[0],
+                half.scales[0],
+                kv.length,
+                kv.encoded,
+                0,
+                half.side,
+            )
+
+    size = sum(2 * x.nbytes for x in new) * 2
+    return Row(f"append, batch {batch}, {heads} heads, window {window}", time_launches([step]), size)
+
+
+def time_rotation(rows: int, dim: int = 128) -> Row:
+    """A decoding step's rotation of queries, or of outputs."""
+    factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+    x = torch.randn(rows, dim, dtype=torch.bfloat16, device="cuda")
+    timing = time_launches([partial(hadamard.rotate, x, factors)], at_least=64)
+    return Row(f"d {dim:3} rotation of {rows} rows", timing, 3 * x.nbytes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, then time, then print a table; the exit status says whether every check passed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
+    parser.add_argument("--vectors", type=int, default=1 << 20, help="vectors that are encoded")
+    parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")
+    chosen = parser.parse_args(arguments)
+    began = time.monotonic()
+    torch.manual_seed(0)
+    cases = list(checks())
+    # In processes of their own, because compiling takes longer than everything else.
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        results = dict(zip(cases, pool.map(run_check, cases), strict=True))
+    wrong = [name for name, problem in results.items() if problem]
+    for name in wrong:
+        print(f"WRONG {name}: {results[name]}", flush=True)
+    print(f"[{time.monotonic() - began:4.0f} s] {len(cases)} checks, {len(wrong)} wrong", flush=True)
+    if wrong and not chosen.anyway:
+        print("nothing is timed while bytes are wrong:", ", ".join(wrong))
+        return 1
+    copied = copy_bandwidth()
+    lines = []
+    records: list[dict[str, object]] = []
+
+    def add(row: Row, alone: float | None = None) -> None:
+        lines.append(row.text(copied, alone))
+        records.append(asdict(row) | {"rotation": alone})
+        print(lines[-1], flush=True)
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
+    for dim in DIMS:
+        rows, alone = time_encoding(dim, chosen.vectors)
+        for row in rows:
+            add(row, alone)
+    add(time_torch(128, chosen.vectors, 4))
+    for batch in (1, 64):
+        add(time_append(batch, 128))
+    for count in (8, 32, 512, 2048):
+        add(time_rotation(count))
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "encode.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (chosen.out / "encode.txt").write_text("\n".join(lines) + "\n")
+    print("wrong:", ", ".join(wrong) or "none")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What rotates vectors, and how is the kernel launched? Every implementation gives the same bytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turboquant_kernels import device
+from turboquant_kernels.hadamard import reference
+
+__all__ = ["implementation", "rotate"]
+
+_DIMS = (32, 64, 128, 256)
+_MANY = 16384  # rows from which a warp takes 32 at a time, a lane a row
+
+
+def implementation(x: Tensor, dim: int) -> Literal["triton", "torch"]:
+    """What `rotate` takes.
+
+    Args:
+        x: As `rotate`.
+        dim: Its last axis.
+
+    Returns:
+        "triton" on a CUDA device, with triton, for 32, 64, 128 or 256 coordinates; else "torch".
+    """
+    suits = dim in _DIMS and x.dtype in device.FLOATS and x.numel() > 0
+    return "triton" if suits and device.has_triton(x) else "torch"
+
+
+def rotate(
+    x: Tensor, factors: Tensor, *, inverse: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """H S_k ... H S_1 x along the last axis, or its inverse, in float32 whatever the dtypes.
+
+    Args:
+        x: (..., d) bfloat16, float16 or float32.
+        factors: (k, d) float32, the diagonals S: signs over sqrt(d).
+        inverse: Whether to undo the rotation instead.
+        dtype: Of the result.
+
+    Returns:
+        (..., d), a new tensor, with the bytes of `reference.rotate`.
+    """
+    dim = factors.shape[1]
+    if implementation(x, dim) == "torch":
+        return reference.rotate(x.float(), factors, inverse=inverse).to(dtype)
+    from turboquant_kernels.hadamard.kernel import rotate_rows
+
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows = x.numel() // dim
+    at_once = 32 if rows >= _MANY else 1
+    rotate_rows[(-(-rows // at_once),)](
+        x, out, factors, rows, DIM=dim, LOG=dim.bit_length() - 1, ROWS=at_once, ROUNDS=factors.shape[0],
+        INVERSE=inverse, num_warps=max(1, dim * at_once // 4096), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out

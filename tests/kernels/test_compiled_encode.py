@@ -1,0 +1,52 @@
+"""Do the kernels that encode and rotate stay in registers, on every GPU they are for? Without a device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpreted import NEEDS_TRITON
+
+pytestmark = NEEDS_TRITON
+
+# Instructions a coordinate, at most: 21 additions and 3 products are the rotation's own (24 and 3 at 256).
+BUDGETS = {
+    "encode": {
+        (128, 4, 0): 54,
+        (128, 4, 1): 57,
+        (128, 3, 0): 51,
+        (128, 2, 1): 50,
+        (64, 4, 0): 54,
+        (256, 4, 1): 66,
+    },
+    "rotate": {(64, 0): 34, (128, 0): 35, (128, 1): 35, (256, 0): 44},
+}
+
+
+def machine_code(*arguments: object) -> dict[str, Any]:
+    # In a process of its own: triton must not warn or leak into this one.
+    script = Path(__file__).with_name("compiled_encode.py")
+    ran = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("what", "of", "most"),
+    [(what, of, most) for what, budgets in BUDGETS.items() for of, most in budgets.items()],
+    ids=str,
+)
+def test_registers_hold_everything(what, of, most, architecture) -> None:
+    found = machine_code(architecture, what, *of)
+    whole = found["whole"]
+    assert found["sizes"]["STACK"] == found["sizes"]["LOCAL"] == 0
+    assert whole.get("LDL", 0) == whole.get("STL", 0) == 0
+    assert sum(whole.values()) / found["elements"] <= most

@@ -1,0 +1,70 @@
+"""Do kernels on a CUDA device write the bytes that torch writes on the CPU? `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from turboquant.cache import vector_codec
+from turboquant.rotation import make_rotation
+from turboquant_kernels.hadamard import implementation
+from turboquant_kernels.packed_kv import PackedKV
+
+pytestmark = pytest.mark.gpu
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point():  # a number that is none has many bytes
+        a, b = a.cpu().nan_to_num(nan=12345.0), b.cpu().nan_to_num(nan=12345.0)
+    return torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.cpu().reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [1, 63, 20000])
+def test_rotations_have_the_cpus_bytes(rows, dim, dtype) -> None:
+    x = normal(rows, dim, seed=1, dtype=dtype)
+    rotation = make_rotation("hadamard", dim, seed=3)
+    there = rotation.to("cuda")
+    assert implementation(x.cuda(), dim) == "triton"
+    assert same_bytes(there.forward(x.cuda()), rotation.forward(x.float()))
+    assert same_bytes(there.inverse(x.cuda()), rotation.inverse(x.float()))
+
+
+@pytest.mark.parametrize("capacity", [None, 3000])
+@pytest.mark.parametrize(
+    ("dim", "parts", "dtype"),
+    [
+        *((dim, ((dim, bits),), torch.bfloat16) for dim in (64, 128, 256) for bits in (1, 2, 3, 4)),
+        (128, ((32, 4), (96, 3)), torch.float16),
+        (128, ((32, 3), (96, 2)), torch.float32),
+        (256, ((64, 2), (192, 1)), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_codes_of_a_prefill_are_the_cpus_bytes(dim, parts, dtype, capacity) -> None:
+    keys, values = (normal(2, 3, 2500, dim, seed=s, dtype=dtype) for s in (1, 2))
+    keys[:, :, :, 7] *= 20
+    keys[0, 1, 490] = 0
+    values[1, 0, 491, 3] = torch.nan
+    if capacity is not None:  # without, such norms are refused
+        values[1, 1, 492, 3] = torch.inf
+    stores = []
+    for device in ("cpu", "cuda"):
+        codecs = (vector_codec(dim, parts, seed=s, split="oblivious") for s in (1, 2))
+        kv = PackedKV(*codecs, window=40, sinks=3, capacity=capacity)
+        start = 0
+        for count in (1000, 37, 500, 900, 63):
+            kv.update(*(x[:, :, start : start + count].to(device) for x in (keys, values)))
+            start += count
+            if count == 37:
+                kv.crop(50)
+        stores.append(kv)
+    assert [kv.encoding for kv in stores] == ["torch", "triton"]
+    for a, b in ((stores[0].keys, stores[1].keys), (stores[0].values, stores[1].values)):
+        assert all(same_bytes(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))

@@ -1,0 +1,159 @@
+"""Does one launch encode a prefill to the bytes of the torch path? In Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreted import NEEDS_TRITON, interpret
+from ptx import run_warp
+from torch import Tensor
+
+from turboquant.cache import vector_codec
+from turboquant.codebook import grid_codebook
+from turboquant_kernels import device
+from turboquant_kernels.packed_kv import GroupCodec, PackedKV, VectorCodec, fused, layout
+
+pytestmark = [
+    NEEDS_TRITON,
+    # numpy's, which interprets: infinite and zero vectors are among the inputs.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        interpret(patch, "hadamard.kernel", "packed_kv.encode")
+        yield patch
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bytes_of(kv: PackedKV) -> list[Tensor]:
+    halves = (kv.keys, kv.values)
+    return [t.reshape(-1).view(torch.uint8) for half in halves for t in (*half.words, *half.scales)]
+
+
+def fill(dim, parts, window, sinks, capacity, dtype) -> PackedKV:
+    codecs = [vector_codec(dim, parts, seed=seed, split="oblivious") for seed in (1, 2)]
+    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    heads = 2 if dim == 64 else 1
+    keys, values = (normal(1, heads, 110, dim, seed=s).to(dtype) for s in (3, 4))
+    keys[0, 0, 20] = 0
+    keys[0, 0, 21] *= 1e-14
+    keys[0, 0, 22, :3] = torch.tensor([1.0, -1.0, 0.5])
+    keys[0, 0, 22, 3:] = 0
+    values[0, 0, 23, 3] = torch.nan
+    if capacity is not None:  # without, such norms are refused
+        values[0, 0, 24, 5] = torch.inf
+    start = 0
+    for count in (37, 20, 2, 51):
+        part = slice(start, start + count)
+        # Not contiguous: as a model's transposed projections are.
+        kv.update(*(x[:, :, part].transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values)))
+        if count == 20:
+            kv.crop(5)
+        start += count
+    return kv
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts", "window", "sinks", "capacity", "dtype"),
+    [
+        (128, ((128, 4),), 0, 0, None, torch.float32),
+        (128, ((128, 3),), 9, 4, None, torch.float16),
+        (128, ((128, 2),), 0, 0, 150, torch.float16),
+        (128, ((128, 1),), 33, 0, 150, torch.float32),
+        (64, ((64, 4),), 0, 3, None, torch.float16),
+        (64, ((64, 3),), 0, 0, 150, torch.float32),
+        (64, ((64, 1),), 0, 0, None, torch.float32),
+        (256, ((256, 2),), 0, 0, None, torch.float16),
+        (128, ((32, 4), (96, 3)), 0, 0, 150, torch.float16),
+        (128, ((32, 2), (96, 1)), 0, 0, None, torch.float32),
+        (256, ((64, 3), (192, 2)), 0, 0, None, torch.float32),
+    ],
+    ids=str,
+)
+def test_bytes_are_the_same(dim, parts, window, sinks, capacity, dtype, interpreted) -> None:
+    expected = fill(dim, parts, window, sinks, capacity, dtype)
+    assert expected.encoding == "torch"
+    with interpreted.context() as patch:
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
+        found = fill(dim, parts, window, sinks, capacity, dtype)
+    assert found.encoding == "triton"
+    assert int(expected.encoded) == int(found.encoded) > 64
+    for a, b in zip(bytes_of(expected), bytes_of(found), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_norm_beyond_fp16_is_refused(interpreted) -> None:
+    def update() -> None:
+        kv = PackedKV(*(vector_codec(64, ((64, 4),), seed=s) for s in (1, 2)), window=0)
+        kv.update(1e6 * normal(1, 1, 40, 64, seed=1), normal(1, 1, 40, 64, seed=2))
+
+    with interpreted.context() as patch:
+        patch.setattr(device, "has_triton", lambda x: True)
+        with pytest.raises(ValueError, match="the norm of a key is infinite or exceeds 65504"):
+            update()
+
+
+def tied(bits: int) -> tuple[list[VectorCodec], Tensor]:
+    """Codecs and vectors: +- coordinates are thresholds of the first, next to those of the others."""
+    x = normal(1, 1, 32, 64, seed=bits)
+    x = torch.cat([x, -x], dim=2)
+    group = vector_codec(64, ((64, bits),), seed=3).groups[0]
+    (run,) = group.coded
+    norms = torch.tensor([squares_in_halves(row) for row in x[0, 0]]).double().sqrt().float()
+    z = group.rotation.forward(x) * (torch.tensor(math.sqrt(64)) / norms)[:, None]
+    positive = z[0, 0, 0].abs().sort().values[8 : 8 * 2 ** (bits - 1) : 8][: 2 ** (bits - 1) - 1]
+    codecs = []
+    for t in (positive, *(positive.nextafter(torch.tensor(to)) for to in (9.0, 0.0))):
+        thresholds = torch.cat([-t.flip(0), torch.zeros(1), t])
+        codecs.append(VectorCodec([GroupCodec(group.rotation, [replace(run, thresholds=thresholds)])]))
+    return codecs, x
+
+
+def squares_in_halves(x: Tensor) -> float:
+    squares = x * x
+    while len(squares) > 1:
+        squares = squares[: len(squares) // 2] + squares[len(squares) // 2 :]
+    return float(squares)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_coordinates_on_a_threshold(bits, interpreted) -> None:
+    codecs, x = tied(bits)
+    found = []
+    for codec in codecs:
+        words = torch.zeros(1, 1, 2, 64 * bits, dtype=torch.int32)
+        norms = torch.zeros(1, 1, 64, dtype=torch.float16)
+        fused.encode(codec, x, [words], norms, 0, 0, "key")
+        found.append(layout.unpack(words, bits, 64, "key").flatten(2, 3))
+        assert torch.equal(found[-1], codec.encode(x)[0][0])
+    on, above, below = found
+    assert (on != above).any()  # z = t is not above the next float
+    assert (on != below).any()  # z = -t is above -t
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_instructions_find_the_same_codes(bits, interpreted) -> None:
+    kernel = importlib.import_module("turboquant_kernels.packed_kv.encode")
+    thresholds = grid_codebook(bits, 128).thresholds
+    positive = thresholds[2 ** (bits - 1) :]
+    near = torch.cat([positive.nextafter(torch.tensor(to)) for to in (0.0, 9.0)] + [positive])
+    z = torch.cat([near, -near, torch.tensor([0.0, 1e-30, -1e-30, 40.0, -40.0]), normal(4096, seed=1)])
+    z = torch.cat([z, torch.ones(-len(z) % 256)]).view(-1, 8, 32)
+    inputs = [z[:, i].contiguous().view(torch.int32).long() & 0xFFFFFFFF for i in range(8)]
+    inputs += [t.view(1).view(torch.int32).long() for t in positive]
+    (words,) = run_warp(kernel._quantizer(bits), 1, inputs)
+    for place in range(8):
+        code = (words >> (4 * place)) & 15
+        negative = code < 2 ** (bits - 1)
+        code = torch.where(negative, 2 ** (bits - 1) - 1 - code, code)
+        assert torch.equal(code, torch.bucketize(z[:, place].contiguous(), thresholds, right=True))
