@@ -28,6 +28,8 @@ def run_warp(text: str, outputs: int, inputs: list[torch.Tensor]) -> list[torch.
     def read(name: str) -> torch.Tensor:
         if name in registers:
             return registers[name]
+        if name.startswith("0f"):
+            name = f"0x{name[2:]}"
         return torch.tensor(int(name, 0) & MASK)
 
     body = text.strip().strip("{}")
@@ -82,11 +84,16 @@ def number(a: torch.Tensor) -> torch.Tensor:
     return signed(a).to(torch.int32).view(torch.float32)
 
 
+def bits(a: torch.Tensor) -> torch.Tensor:
+    """Inverse of `number`."""
+    return a.view(torch.int32).long() & MASK
+
+
 OPERATIONS = {
     "mov.b32": lambda a: a,
-    "add.u32": lambda a, b: (a + b) & MASK,
-    "add.s32": lambda a, b: (a + b) & MASK,
-    "shr.s32": lambda a, b: (signed(a) >> b) & MASK,
+    "mov.f32": lambda a: a,
+    "mad.hi.s32": lambda a, b, c: (((signed(a) * signed(b)) >> 32) + c) & MASK,
+    "add.rn.f32": lambda a, b: bits(number(a) + number(b)),
     "abs.f32": lambda a: a & 0x7FFFFFFF,
     "setp.ge.f32": lambda a, b: number(a) >= number(b),
     "selp.f32": lambda a, b, condition: torch.where(condition, a, b),

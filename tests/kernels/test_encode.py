@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreted import NEEDS_TRITON, interpret
-from ptx import run_warp
+from ptx import run_warp, signed
 from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant.codebook import grid_codebook
-from turboquant_kernels import device
+from turboquant_kernels import device, registers
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, VectorCodec, fused, layout
 
 pytestmark = [
@@ -152,8 +152,11 @@ def test_the_instructions_find_the_same_codes(bits, interpreted) -> None:
     inputs = [z[:, i].contiguous().view(torch.int32).long() & 0xFFFFFFFF for i in range(8)]
     inputs += [t.view(1).view(torch.int32).long() for t in positive]
     (words,) = run_warp(kernel._quantizer(bits), 1, inputs)
-    for place in range(8):
-        code = (words >> (4 * place)) & 15
-        negative = code < 2 ** (bits - 1)
-        code = torch.where(negative, 2 ** (bits - 1) - 1 - code, code)
-        assert torch.equal(code, torch.bucketize(z[:, place].contiguous(), thresholds, right=True))
+    expected = torch.stack([torch.bucketize(z[:, i].contiguous(), thresholds, right=True) for i in range(8)])
+    codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)])
+    magnitudes = torch.where(codes < 2 ** (bits - 1), 2 ** (bits - 1) - 1 - codes, codes)
+    assert torch.equal(magnitudes, expected)
+    if bits == 4:
+        (placed,) = run_warp(kernel._quantizer(4, placed=True), 1, inputs)
+        eights = sum(expected[i] << (4 * i) for i in range(8))
+        assert torch.equal(signed(placed).int(), registers._with_signs(signed(eights).int()))

@@ -234,24 +234,18 @@ def time_append(batch: int, window: int, dim: int = 128, bits: int = 4, heads: i
     start = [torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     kv.update(start[0], start[1])
     new = [x[:, :, :1].clone() for x in start]
-    both = [kv.keys, kv.values]
+    halves = [
+        (half.side, half.codec, half.recent, token, half.words[0], half.scales[0])
+        for half, token in zip((kv.keys, kv.values), new, strict=True)
+    ]
 
     def step() -> None:
-        for half, token in zip(both, new, strict=True):
-            fused.append(
-                half.codec,
-                half.recent,
-                token,
-                half.words[0],
-                half.scales[0],
-                kv.length,
-                kv.encoded,
-                0,
-                half.side,
-            )
+        fused.append(halves, kv.length, kv.encoded, 0)
 
     size = sum(2 * x.nbytes for x in new) * 2
-    return Row(f"append, batch {batch}, {heads} heads, window {window}", time_launches([step]), size)
+    return Row(
+        f"append, batch {batch}, {heads} heads, window {window}", time_launches([step], at_least=64), size
+    )
 
 
 def time_rotation(rows: int, dim: int = 128) -> Row:

@@ -1,9 +1,9 @@
 """How does a token pass from the window into codes in one launch? In plain Triton, byte for byte as torch.
 
-Each program takes one head: the token that leaves the window is rotated (signs and Hadamard transforms),
-normalised, quantised and written into its words, whose other codes stay; the new token takes its place.
-Every product, sum, root and quotient is rounded as `codec` and `hadamard.reference` round it: launch it
-without fused multiply-adds. Where bits lie is drawn in `turboquant_kernels.registers`.
+Each program takes the keys or the values of one head: the token that leaves the window is rotated (signs and
+Hadamard transforms), normalised, quantised and written into its words, whose other codes stay; the new token
+takes its place. Every product, sum, root and quotient is rounded as `codec` and `hadamard.reference` round
+it: launch it without fused multiply-adds. Where bits lie is drawn in `turboquant_kernels.registers`.
 """
 
 from __future__ import annotations
@@ -45,48 +45,19 @@ def _store_words(base, unit, lane, new, kept, do, k: tl.constexpr, BITS: tl.cons
     tl.store(at, (tl.load(at, mask=written, other=0) & kept) | new, mask=written)
 
 
-@triton.jit(do_not_specialize=["before", "encoded", "lowest", "window", "blocks"])
-def append_token(
-    recent_ptr, new_ptr, words_ptr, norms_ptr, factors_ptr, thresholds_ptr, before_ptr, encoded_ptr, before,
-    encoded, lowest, window, blocks, root,
+@triton.jit
+def _append(
+    head, recent_ptr, new_ptr, words_ptr, norms_ptr, factors_ptr, thresholds_ptr, before, encoded, lowest,
+    window, blocks, root,
     BITS: tl.constexpr, DIM: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Encode the token that leaves a head's window, unless it has codes, and put the new one in its place.
-
-    Program (batch * heads + head).
-
-    Args:
-        recent_ptr: (batch, heads, window, DIM): token t in row t mod window.
-        new_ptr: (batch, heads, DIM), token `before`.
-        words_ptr: (batch, heads, blocks, DIM * BITS) int32.
-        norms_ptr: (batch, heads, blocks * 32) float16.
-        factors_ptr: (ROUNDS, DIM) float32: signs over sqrt(DIM).
-        thresholds_ptr: (2^BITS - 1,) float32.
-        before_ptr: () int64 to use instead of `before`, or None.
-        encoded_ptr: () int64 to use instead of `encoded`, or None.
-        before: Tokens before the new one.
-        encoded: Tokens that have codes.
-        lowest: Tokens below this are not encoded.
-        window: Rows of the window, at least 1.
-        blocks: Blocks a head has room for.
-        root: sqrt(DIM).
-        BITS: Bits a code, 1..4.
-        DIM: A power of two, at least 32.
-        LOG: log2(DIM).
-        ROUNDS: Of the rotation.
-        VALUES: Whether words are laid out as values are.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    if before_ptr is not None:
-        before = tl.load(before_ptr)
-    if encoded_ptr is not None:
-        encoded = tl.load(encoded_ptr)
+    """As `append_token`, for one half."""
     token = before - window
     do = (token >= encoded) & (token >= lowest) & (token >= 0)
     dim = tl.arange(0, DIM)
     row_at = recent_ptr + (head * window + before % window) * DIM + dim
     x = tl.load(row_at).to(tl.float32)
-    tl.store(row_at, tl.load(new_ptr + head * DIM + dim))
+    new_row = tl.load(new_ptr + head * DIM + dim)
 
     squares = x * x
     for k in tl.static_range(LOG):
@@ -102,6 +73,7 @@ def append_token(
     for k in tl.static_range((1 << BITS) - 1):
         code += (tl.load(thresholds_ptr + k) <= z).to(tl.int32)
 
+    tl.store(row_at, new_row)
     token = tl.where(do, token, 0)
     tl.store(norms_ptr + head * blocks * 32 + token, norm.to(tl.float16), mask=do)
     base = words_ptr + (head * blocks + token // 32) * (DIM * BITS)
@@ -160,3 +132,62 @@ def append_token(
             mask = tl.sum(tl.sum(tl.reshape(mask + tl.zeros([DIM], tl.int32), [DIM // 32, 2, 4, 4]), 3), 1)
             new = tl.sum(tl.sum(tl.reshape(new, [DIM // 32, 2, 4, 4]), 3), 1)
             _store_words(base, unit, lane, new, ~mask, do & active, k, BITS, DIM)
+
+
+@triton.jit(do_not_specialize=["before", "encoded", "lowest", "window", "blocks"])
+def append_token(
+    recent_keys_ptr, new_keys_ptr, key_words_ptr, key_norms_ptr, key_factors_ptr, key_thresholds_ptr,
+    recent_values_ptr, new_values_ptr, value_words_ptr, value_norms_ptr, value_factors_ptr,
+    value_thresholds_ptr, before_ptr, encoded_ptr, before, encoded, lowest, window, blocks, root,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, DIM: tl.constexpr, LOG: tl.constexpr,
+    KEY_ROUNDS: tl.constexpr, VALUE_ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Encode the token that leaves a head's window, unless it has codes, and put the new one in its place.
+
+    Program (batch * heads + head, keys or values): one without bits is left out.
+
+    Args:
+        recent_keys_ptr: (batch, heads, window, DIM): token t in row t mod window.
+        new_keys_ptr: (batch, heads, DIM), token `before`.
+        key_words_ptr: (batch, heads, blocks, DIM * KEY_BITS) int32.
+        key_norms_ptr: (batch, heads, blocks * 32) float16.
+        key_factors_ptr: (KEY_ROUNDS, DIM) float32: signs over sqrt(DIM).
+        key_thresholds_ptr: (2^KEY_BITS - 1,) float32.
+        recent_values_ptr: As of keys, and so are the next five.
+        new_values_ptr: (batch, heads, DIM).
+        value_words_ptr: (batch, heads, blocks, DIM * VALUE_BITS) int32.
+        value_norms_ptr: (batch, heads, blocks * 32) float16.
+        value_factors_ptr: (VALUE_ROUNDS, DIM) float32.
+        value_thresholds_ptr: (2^VALUE_BITS - 1,) float32.
+        before_ptr: () int64 to use instead of `before`, or None.
+        encoded_ptr: () int64 to use instead of `encoded`, or None.
+        before: Tokens before the new one.
+        encoded: Tokens that have codes.
+        lowest: Tokens below this are not encoded.
+        window: Rows of the window, at least 1.
+        blocks: Blocks a head has room for.
+        root: sqrt(DIM).
+        KEY_BITS: Bits a code of keys, 1..4; 0 leaves them out.
+        VALUE_BITS: The same of values.
+        DIM: A power of two, at least 32.
+        LOG: log2(DIM).
+        KEY_ROUNDS: Of the keys' rotation.
+        VALUE_ROUNDS: Of the values'.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    if before_ptr is not None:
+        before = tl.load(before_ptr)
+    if encoded_ptr is not None:
+        encoded = tl.load(encoded_ptr)
+    if KEY_BITS > 0 and (VALUE_BITS == 0 or tl.program_id(1) == 0):
+        _append(
+            head, recent_keys_ptr, new_keys_ptr, key_words_ptr, key_norms_ptr, key_factors_ptr,
+            key_thresholds_ptr, before, encoded, lowest, window, blocks, root, KEY_BITS, DIM, LOG, KEY_ROUNDS,
+            False,
+        )  # fmt: skip
+    if VALUE_BITS > 0 and (KEY_BITS == 0 or tl.program_id(1) == 1):
+        _append(
+            head, recent_values_ptr, new_values_ptr, value_words_ptr, value_norms_ptr, value_factors_ptr,
+            value_thresholds_ptr, before, encoded, lowest, window, blocks, root, VALUE_BITS, DIM, LOG,
+            VALUE_ROUNDS, True,
+        )  # fmt: skip

@@ -9,6 +9,8 @@ so that only packed words ever cross lanes. Every product, sum, root and quotien
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -17,51 +19,73 @@ from turboquant_kernels.hadamard.kernel import columns, rotate_tile, sum_of_squa
 __all__ = ["encode_tokens"]
 
 
-def _quantizer(bits: int) -> str:
+def _quantizer(bits: int, placed: bool = False) -> str:
     """PTX of eight coordinates' codes as the nibbles of a word: `_codes`, kept together.
 
-    A binary search among the positive thresholds t1, t2, ... below |z|; predicated additions collect it.
+    A binary search among the positive thresholds t1, t2, ... below |z|; predicated additions collect it: of
+    floats, which units do that bits leave idle.
 
     Args:
         bits: Bits a code, 2..4.
+        placed: Whether signs go where `registers` wants them in words of 4-bit keys, 1 if negative.
 
     Returns:
         Text with output $0 (each nibble the sign, 1 if not negative, above the magnitude); inputs $1 .. $8,
         the coordinates, and from $9 on the positive thresholds.
     """
     t = [f"${9 + i}" for i in range(7)]
-    lines = ["mov.b32 w, 0;"]
+    z = [f"${1 + place}" for place in range(8)]
+    lines = ["mov.f32 w0, 0f4B000000;", "mov.f32 w1, 0f4B000000;"]  # 2^23: whole numbers are its low bits
     for place in range(8):
-        lines += [
-            # -t <= -a is not a > t: below zero, the float before a is compared in the place of a.
-            f"mov.b32 k, ${1 + place};",
-            "shr.s32 n, k, 31;",
-            "add.s32 k, k, n;",
-            "mov.b32 a, k;",
-            "abs.f32 a, a;",
-        ]
-        middle = t[2 ** (bits - 2) - 1]
-        found = [f"setp.ge.f32 p, a, {middle};", f"@p add.u32 w, w, {2 ** (bits - 2) << (4 * place)};"]
+        w = f"w{place // 4}"
+
+        def add(value: int, w: str = w, place: int = place) -> str:
+            return f"add.rn.f32 {w}, {w}, 0f{_float_bits(value << (4 * (place % 4))):08X};"
+
+        # -t <= -a is not a > t: below zero, the float before a is compared in the place of a.
+        lines += [f"mov.b32 k, {z[place]};", "mad.hi.s32 k, k, 2, k;", "mov.b32 a, k;", "abs.f32 a, a;"]
+        lines += [f"setp.ge.f32 p, a, {t[2 ** (bits - 2) - 1]};", f"@p {add(2 ** (bits - 2))}"]
         if bits == 3:
-            found += [f"selp.f32 u, {t[2]}, {t[0]}, p;"]
+            lines += [f"selp.f32 u, {t[2]}, {t[0]}, p;"]
         if bits == 4:
-            found += [
+            lines += [
                 f"selp.f32 u, {t[5]}, {t[1]}, p;",
                 f"selp.f32 v, {t[6]}, {t[2]}, p;",
                 f"selp.f32 x, {t[4]}, {t[0]}, p;",
                 "setp.ge.f32 q, a, u;",
-                f"@q add.u32 w, w, {2 << (4 * place)};",
+                f"@q {add(2)}",
                 "selp.f32 u, v, x, q;",
             ]
         if bits > 2:
-            found += ["setp.ge.f32 q, a, u;", f"@q add.u32 w, w, {1 << (4 * place)};"]
-        # w | (n & sign)
-        lines += [*found, f"lop3.b32 w, n, 0x{1 << (bits - 1 + 4 * place):x}, w, 0xea;"]
-    lines += [f"xor.b32 $0, w, 0x{0x11111111 << (bits - 1):x};"]
-    return "{ .reg .pred p, q; .reg .b32 k, n, w; .reg .f32 a, u, v, x; " + " ".join(lines) + "}"
+            lines += ["setp.ge.f32 q, a, u;", f"@q {add(1)}"]
+    # The sign of a number, eight times, is a byte that prmt can fetch.
+    orders = ((0, 1, 2, 3), (4, 5, 6, 7)) if placed else ((0, 2, 4, 6), (1, 3, 5, 7))
+    for target, order in zip("nk", orders, strict=True):
+        first, second, third, fourth = (z[place] for place in order)
+        lines += [
+            f"prmt.b32 m, {first}, {second}, 0x00fb;",
+            f"prmt.b32 {target}, {third}, {fourth}, 0x00fb;",
+            f"prmt.b32 {target}, m, {target}, 0x5410;",
+        ]
+    low, high = (0x80808080, 0x08080808) if placed else (0x01010101 << (bits - 1), 0x10101010 << (bits - 1))
+    flipped = 0 if placed else 0x11111111 << (bits - 1)
+    lines += [
+        f"and.b32 n, n, 0x{low:x};",
+        f"lop3.b32 n, k, 0x{high:x}, n, 0xea;",  # (k & constant) | n
+        "mov.b32 m, w0;",
+        "mov.b32 k, w1;",
+        "prmt.b32 m, m, k, 0x5410;",
+        f"lop3.b32 $0, m, n, 0x{flipped:x}, 0xf6;",  # m | (n ^ constant)
+    ]
+    return "{ .reg .pred p, q; .reg .b32 k, n, m; .reg .f32 a, u, v, x, w0, w1; " + " ".join(lines) + "}"
+
+
+def _float_bits(value: int) -> int:
+    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 _FOUR, _THREE, _TWO = (tl.constexpr(_quantizer(bits)) for bits in (4, 3, 2))
+_PLACED_FOUR = tl.constexpr(_quantizer(4, placed=True))
 _OF_FOUR, _OF_THREE, _OF_TWO = (tl.constexpr("=r" + ",f" * (8 + thresholds)) for thresholds in (7, 3, 1))
 
 
@@ -94,7 +118,7 @@ def _codes(z, at, BITS: tl.constexpr):
 
 
 @triton.jit
-def _packed_codes(y, at, BITS: tl.constexpr, WORDS: tl.constexpr):
+def _packed_codes(y, at, BITS: tl.constexpr, WORDS: tl.constexpr, PLACED: tl.constexpr):
     """As `_eights`, by `_quantizer`."""
     y = tl.permute(tl.reshape(y, [WORDS, 2, 2, 2, 32]), [1, 2, 0, 4, 3])
     even, odd = tl.split(tl.reshape(y, [2, 2, WORDS * 32, 2]))
@@ -107,8 +131,9 @@ def _packed_codes(y, at, BITS: tl.constexpr, WORDS: tl.constexpr):
     if BITS == 4:
         t1, t2, t3, t4 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
         t5, t6, t7 = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+        TEXT: tl.constexpr = _PLACED_FOUR if PLACED else _FOUR
         words = tl.inline_asm_elementwise(
-            _FOUR, _OF_FOUR, [z0, z1, z2, z3, z4, z5, z6, z7, t1, t2, t3, t4, t5, t6, t7], tl.int32, True, 1
+            TEXT, _OF_FOUR, [z0, z1, z2, z3, z4, z5, z6, z7, t1, t2, t3, t4, t5, t6, t7], tl.int32, True, 1
         )
     elif BITS == 3:
         t1, t2, t3 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
@@ -214,6 +239,24 @@ def _fresh(token, low, high):
 
 
 @triton.jit
+def _fresh_rows(lane, k, low, high, BITS: tl.constexpr):
+    """Which bits of word k of keys belong to new tokens."""
+    token = lane // 4 * 4
+    if BITS == 4:
+        mask = _fresh(token + k, low, high)
+    elif BITS == 3:
+        mask = _fresh(token + k, low, high) & 0x77777777 | _fresh(token + 3, low, high) & ~0x77777777
+    elif BITS == 2:
+        token += 2 * k
+        mask = _fresh(token, low, high) & 0x33333333 | _fresh(token + 1, low, high) & ~0x33333333
+    else:
+        mask = tl.zeros(lane.shape, tl.int32)
+        for i in tl.static_range(4):
+            mask |= (_fresh(token + i, low, high) & 0x11111111) << i
+    return mask
+
+
+@triton.jit
 def _fresh_nibbles(lane, low, high, BITS: tl.constexpr):
     """Which bits of a word of values belong to new tokens."""
     mask = tl.zeros(lane.shape, tl.int32)
@@ -244,69 +287,56 @@ def _encode_run(
         y = tl.permute(tl.reshape(z, [UNITS, 2, 4, 4, 32]), [0, 2, 1, 3, 4])
         y = tl.reshape(y, [UNITS * 4, 8, 32])
     positive = thresholds_ptr + (1 << (BITS - 1))
+    PLACED: tl.constexpr = BITS == 4 and not VALUES
     if PTX and BITS > 1:
-        eights = _packed_codes(y, positive, BITS, UNITS * 4)
+        eights = _packed_codes(y, positive, BITS, UNITS * 4, PLACED)
     else:
         eights = _eights(y, positive, BITS, UNITS * 4)
-    eights = tl.where(usual[None, :], eights, _word_of_zeros(BITS))
+        if PLACED:
+            eights = _with_signs(eights)
+    eights = tl.where(usual[None, :], eights, 0 if PLACED else _word_of_zeros(BITS))
     rows = _rows_of_values(eights, UNITS) if VALUES else _rows_of_keys(eights, UNITS)
     even, odd = tl.split(rows)
     row0, row2 = tl.split(tl.permute(even, [1, 0]))
     row1, row3 = tl.split(tl.permute(odd, [1, 0]))
-    place = tl.arange(0, UNITS * 32)
-    lane = place % 32
-    if VALUES:
-        mask0 = _fresh_nibbles(lane, low, high, BITS)
-        mask1, mask2, mask3 = mask0, mask0, mask0
-    else:
-        mask0, mask1 = _fresh(lane // 4 * 4, low, high), _fresh(lane // 4 * 4 + 1, low, high)
-        mask2, mask3 = _fresh(lane // 4 * 4 + 2, low, high), _fresh(lane // 4 * 4 + 3, low, high)
-    if BITS == 4:
+    if PLACED:
+        words = _joined(row0, row1, row2, row3)
+    elif BITS == 4:
         words = _joined(_with_signs(row0), _with_signs(row1), _with_signs(row2), _with_signs(row3))
-        masks = _joined(mask0, mask1, mask2, mask3)
     elif BITS == 3:
         words = _joined(
             row0 | (row3 & 0x11111111) << 3, row1 | ((row3 >> 1) & 0x11111111) << 3,
             row2 | ((row3 >> 2) & 0x11111111) << 3, row3,
         )  # fmt: skip
-        mask3 = mask3 & ~0x77777777
-        masks = _joined(
-            mask0 & 0x77777777 | mask3, mask1 & 0x77777777 | mask3, mask2 & 0x77777777 | mask3, mask3
-        )
     elif BITS == 2:
         words = tl.join(row0 | row1 << 2, row2 | row3 << 2)
-        masks = tl.join(mask0 & 0x33333333 | mask1 & ~0x33333333, mask2 & 0x33333333 | mask3 & ~0x33333333)
     else:
         words = row0 | row1 << 1 | row2 << 2 | row3 << 3
-        masks = mask0 & 0x11111111 | mask1 & 0x22222222 | mask2 & 0x44444444 | mask3 & ~0x77777777
     KEPT: tl.constexpr = 4 if BITS == 3 else BITS  # words of a unit and lane in the tile
+    index = tl.arange(0, UNITS * 32 * KEPT)
     if FIRST == 0 and COUNT == UNITS and BITS != 3 and UNITS * BITS % 4 == 0:
         # Four words of a lane lie together.
-        GROUPS: tl.constexpr = UNITS * BITS // 4
-        at = words_ptr + tl.arange(0, GROUPS * 128)
-        written = tl.arange(0, GROUPS * 128) < tl.where(low < high, GROUPS * 128, 0)
-        words = tl.permute(tl.reshape(words, [GROUPS, 4 // BITS, 32, BITS]), [0, 2, 1, 3])
-        masks = tl.permute(tl.reshape(masks, [GROUPS, 4 // BITS, 32, BITS]), [0, 2, 1, 3])
-        words = tl.reshape(words, [GROUPS * 128])
-        masks = tl.reshape(masks, [GROUPS * 128])
+        words = tl.permute(tl.reshape(words, [UNITS * BITS // 4, 4 // BITS, 32, BITS]), [0, 2, 1, 3])
+        lane, k = index // 4 % 32, index % BITS
+        at = words_ptr + index
+        written = index < tl.where(low < high, UNITS * 32 * KEPT, 0)
     else:
         TOTAL: tl.constexpr = COUNT * BITS
         FOURS: tl.constexpr = TOTAL // 4
-        index = tl.arange(0, UNITS * 32 * KEPT)
-        k = index % KEPT
+        lane, k = index // KEPT % 32, index % KEPT
         unit = index // KEPT // 32 - FIRST
         word = unit * BITS + k
-        lane = index // KEPT % 32
         in_fours = word // 4 * 128 + lane * 4 + word % 4
         in_two = 128 * FOURS + lane * 2 + word - 4 * FOURS
         in_one = 32 * (TOTAL - 1) + lane
         rest = tl.where(word < 4 * FOURS + TOTAL % 4 // 2 * 2, in_two, in_one)
         at = words_ptr + tl.where(word < 4 * FOURS, in_fours, rest)
         written = (unit >= 0) & (unit < tl.where(low < high, COUNT, 0)) & (k < BITS)
-        words = tl.reshape(words, [UNITS * 32 * KEPT])
-        masks = tl.reshape(masks, [UNITS * 32 * KEPT])
-    kept = tl.load(at, mask=written & (masks != -1), other=0)
-    tl.store(at, (kept & ~masks) | (words & masks), mask=written)
+    words = tl.reshape(words, [UNITS * 32 * KEPT])
+    if low > 0 or high < 32:
+        masks = _fresh_nibbles(lane, low, high, BITS) if VALUES else _fresh_rows(lane, k, low, high, BITS)
+        words = (tl.load(at, mask=written, other=0) & ~masks) | (words & masks)
+    tl.store(at, words, mask=written)
 
 
 @triton.jit

@@ -30,42 +30,43 @@ def suits(codec: Codec, token: Tensor) -> bool:
 
 
 def append(
-    codec: Codec,
-    recent: Tensor,
-    token: Tensor,
-    words: Tensor,
-    norms: Tensor,
+    halves: Sequence[tuple[Side, Codec, Tensor, Tensor, Tensor, Tensor]],
     before: int | Tensor,
     encoded: int | Tensor,
     lowest: int,
-    side: Side,
 ) -> None:
     """Encode the token that leaves the window, unless it has codes, and put the new one in its place.
 
     Args:
-        codec: One that `suits`.
-        recent: (B, G, W, D), W at least 1.
-        token: (B, G, 1, D), number `before`.
-        words: (B, G, blocks, D * bits) int32.
-        norms: (B, G, blocks * 32) float16.
+        halves: Keys, values or both: the side, its codec, one that `suits`, the window (B, G, W, D) with W at
+            least 1, the new token (B, G, 1, D), number `before`, its words (B, G, blocks, D * bits) int32 and
+            norms (B, G, blocks * 32) float16.
         before: Tokens before it, on the host or () int64 on the device.
         encoded: Tokens that have codes, likewise.
         lowest: Tokens below this are not encoded.
-        side: Whether words are laid out as keys or as values.
     """
     from turboquant_kernels.packed_kv.append import append_token
 
-    group = _group(codec)
-    assert group is not None  # for mypy: `suits` asks
-    factors: Tensor = group.rotation.factors  # type: ignore[attr-defined]
-    run = group.coded[0]
+    if len({codec.dim for _, codec, *_ in halves}) > 1:
+        for half in halves:
+            append([half], before, encoded, lowest)
+        return
+    pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 6, "value": [None] * 6}
+    bits, rounds = {"key": 0, "value": 0}, {"key": 0, "value": 0}
+    for side, codec, recent, token, words, norms in halves:
+        group = _group(codec)
+        assert group is not None  # for mypy: `suits` asks
+        factors: Tensor = group.rotation.factors  # type: ignore[attr-defined]
+        run = group.coded[0]
+        pointers[side] = [recent, token.contiguous(), words, norms, factors, run.thresholds]
+        bits[side], rounds[side] = run.bits, factors.shape[0]
     lengths = [x if isinstance(x, Tensor) else None for x in (before, encoded)]
     numbers = [0 if isinstance(x, Tensor) else x for x in (before, encoded)]
-    append_token[(recent.shape[0] * recent.shape[1],)](
-        recent, token.contiguous(), words, norms, factors, run.thresholds, *lengths, *numbers, lowest,
-        recent.shape[2], words.shape[2], math.sqrt(group.dim), BITS=run.bits, DIM=group.dim,
-        LOG=group.dim.bit_length() - 1, ROUNDS=factors.shape[0], VALUES=side == "value", num_warps=1,
-        enable_fp_fusion=False,
+    dim = halves[0][1].dim
+    append_token[(recent.shape[0] * recent.shape[1], len(halves))](
+        *pointers["key"], *pointers["value"], *lengths, *numbers, lowest, recent.shape[2], words.shape[2],
+        math.sqrt(dim), KEY_BITS=bits["key"], VALUE_BITS=bits["value"], DIM=dim, LOG=dim.bit_length() - 1,
+        KEY_ROUNDS=rounds["key"], VALUE_ROUNDS=rounds["value"], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -302,15 +302,18 @@ class PackedKV:
             self._keep_sinks(new, before)
         raw_start: Length
         if count == 1 and window:
+            at_once = []
             for half, token in zip(self._both(), new, strict=True):
                 if fused.suits(half.codec, token):
-                    self._append(half, token, before)
+                    at_once.append((half, token))
                     continue
                 slot = _row(before % window, half.recent)
                 leaving = half.recent.index_select(2, slot)
                 if isinstance(before, Tensor) or before - window >= self.encoded:
                     self._encode(half, leaving, before - window)
                 half.recent.index_copy_(2, slot, token)
+            if at_once:
+                self._append(at_once, before)
             self._advance(count)
             raw = (self.keys.recent, self.values.recent)
             slots = torch.arange(window, device=keys.device)
@@ -503,15 +506,18 @@ class PackedKV:
                 f"can store: scale the {half.side}s down, or keep this layer uncompressed"
             )
 
-    def _append(self, half: Half, token: Tensor, before: Length) -> None:
+    def _append(self, halves: list[tuple[Half, Tensor]], before: Length) -> None:
         """Encode what leaves the window and put the new token in its place, in one launch."""
         self.encoding = "triton"
-        if isinstance(before, int):
-            self._reserve(half, before - self.window + 1)
+        for half, _ in halves:
+            if isinstance(before, int):
+                self._reserve(half, before - self.window + 1)
         fused.append(
-            half.codec, half.recent, token, half.words[0], half.scales[0], before, self.encoded,
-            self._padding[0] + self.sinks if isinstance(before, int) else 0, half.side,
-        )  # fmt: skip
+            [(h.side, h.codec, h.recent, token, h.words[0], h.scales[0]) for h, token in halves],
+            before,
+            self.encoded,
+            self._padding[0] + self.sinks if isinstance(before, int) else 0,
+        )
 
     def _fit(self, half: Half, x: Tensor, start: int) -> None:
         """Let the codec learn from tokens start, start + 1, ... without padding and sinks."""
