@@ -5,7 +5,7 @@ import torch
 from ptx import MASK, run_warp
 
 from turboquant_kernels import registers
-from turboquant_kernels.decode.unpack import level_table, table_tensor, unpack_ptx
+from turboquant_kernels.decode.unpack import Codes, kernel_runs, level_table, table_tensor, unpack_ptx
 
 LEVELS = {4: (5, 16, 27, 39, 52, 67, 86, 113), 3: (13, 41, 73, 117), 2: (24, 81), 1: (31,)}
 SHAPES = [(bits, width) for bits in (1, 2, 3, 4) for width in (32, 64, 96, 128, 256)]
@@ -101,6 +101,31 @@ def test_instruction_text_fills_the_left_operand(bits, width, side):
 def test_integer_instructions_a_unit(bits, operations):
     text, _ = unpack_ptx(bits, 1, second=False)
     assert sum(line.strip().endswith(";") for line in text.splitlines()) - 1 == operations
+
+
+def test_runs_of_the_same_levels_share_a_table():
+    def codes(*runs: tuple[int, int, tuple[int, ...]], norms: int = 1) -> Codes:
+        words = tuple(torch.empty(1, 1, 2, width * bits) for width, bits, _ in runs)
+        return Codes(
+            words, (words[0],) * norms, tuple(b for _, b, _ in runs), tuple(levels for *_, levels in runs), ()
+        )
+
+    four, three, two = ((b, LEVELS[b]) for b in (4, 3, 2))
+    whole = kernel_runs(codes((128, *four)), codes((128, *four)))
+    assert whole == (((4, 4, 0, 0),), ((4, 4, 0, 0),), ((LEVELS[4], 4),))
+    keys, values = codes((32, *four), (96, *three), norms=2), codes((64, *three), (64, *two))
+    found = kernel_runs(keys, values)
+    assert found[0] == ((1, 4, 0, 0), (3, 3, 1, 1))
+    assert found[1] == ((2, 3, 1, 0), (2, 2, 2, 0))
+    assert found[2] == ((LEVELS[4], 4), (LEVELS[3], 3), (LEVELS[2], 2))
+    loads = table_tensor(found[2], torch.device("cpu")).view(2, 32, 4)
+    for i, (levels, bits) in enumerate(found[2]):
+        assert loads[i // 2, :, 2 * (i % 2) :][:, :2].unique(dim=0).tolist() == [
+            list(level_table(levels, bits))
+        ]
+    # The same number of bits in another dimension has other levels.
+    other = codes((32, 4, (6, *LEVELS[4][1:])), (96, *three), norms=2)
+    assert kernel_runs(keys, other)[1] == ((1, 4, 2, 0), (3, 3, 1, 1))
 
 
 def test_refusals():

@@ -368,10 +368,8 @@ SHAPES = [
     Shape(1, 4, 7, 131072),
 ]
 OTHER_SHAPES = [
-    Shape(1, 8, 1, 32768),
-    Shape(1, 8, 16, 32768),
-    Shape(1, 8, 4, 32768, 64),
-    Shape(1, 8, 4, 32768, 256),
+    *(Shape(1, 8, rows, tokens) for rows in (1, 2, 7, 16) for tokens in (8192, 32768)),
+    *(Shape(1, 8, 4, tokens, dim) for dim in (64, 256) for tokens in (8192, 32768)),
     Shape(32, 8, 4, 8192),
 ]
 ARMS = [(form, form) for form in FORMS if form != "1"] + [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]

@@ -53,14 +53,19 @@ def settings_for(rows: int, head_dim: int, key_bits: float, value_bits: float, b
     """
     queries = 4 if rows <= 4 else 8 if rows <= 8 else 16
     bits = max(key_bits, value_bits)
+    # Few blocks are one step of every program: then half the programs have half the overhead.
+    short = blocks <= _FEW_BLOCKS
     if head_dim == 256:
         subs, registers = 1, {4: 168, 8: 224, 16: 255}[queries]
+        if queries == 4 and bits <= 2 and not short:
+            registers = 128
     elif queries == 4:
-        # Few blocks are one step of every program: then half the programs have half the overhead.
-        short = blocks <= _FEW_BLOCKS
         subs, registers = (2 if short or bits < 4 else 1), (160 if short and bits > 2 else 128)
     elif queries == 8:
         subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
+    elif head_dim == 128 and (short or bits % 1):
+        # Reading twice, from the second level cache the second time, costs less than so many rows at once.
+        queries, subs, registers = 8, 1, 160
     else:
         subs, registers = 1, 255
     return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
