@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from turboquant import needle
+from turboquant.cache import plain_cache
 from turboquant.evals.arms import arm as make_arm
 from turboquant.evals.guards import reachable_bytes
 from turboquant.evals.prefix import cache_argument
@@ -62,6 +63,8 @@ def test_generated_tokens(cell: Cell, model: str, record: Record) -> None:
             attention_mask=torch.ones_like(ids),
         )
     prompt, tokens = ids.shape[1], cache.get_seq_length()
-    coded = min(cache.compressed_tokens(layer) for layer in range(len(cache.layers)))
+    # Of the layers that hold the whole context: sliding and recurrent ones have nothing to compress.
+    whole = [i for i, layer in enumerate(plain_cache(loaded.config).layers) if type(layer) is DynamicLayer]
+    coded = min(cache.compressed_tokens(layer) for layer in whole)
     record.figure(100 * max(0, coded - prompt) / (tokens - prompt))
     record.note(prompt=prompt, generated=int(out.shape[1] - prompt), tokens=tokens, coded=coded)
