@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 
 from turboquant.evals.fidelity import Attention, fidelity
@@ -106,10 +107,14 @@ class Measurements:
 
     Args:
         folder: The session's own; nothing outlives it.
+        planned: Cells and models that this session will ask for, in the arms of their evaluations. The first
+            check to ask measures them all, together with every other worker that comes to this point: so none
+            waits for another while there is work, and none is left alone with the last series.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, planned: Sequence[tuple[Cell, str]] = ()) -> None:
         self.folder = folder
+        self._planned = list(planned)
 
     def series(self, cell: Cell, model: str, *arms: str) -> list[list[list[Any]]]:
         """For each arm its records, a list for each cluster; a broken arm raises.
@@ -122,10 +127,9 @@ class Measurements:
         Raises:
             GuardError: An arm did not do what it was to do, with the reason.
         """
+        self._measure_planned()
         wanted = evaluations()[cell["evaluation"]]
-        device = "cuda" if "gpu" in cell.claim.needs else models.device_of(model)
-        size = GPU_CHUNK if device == "cuda" else 1
-        chunks = [range(i, min(i + size, cell.clusters)) for i in range(0, cell.clusters, size)]
+        device, chunks = _device_and_chunks(cell, model)
         found: dict[int, list[Any]] = {}
         # Workers that need the same series start at different ends, so that they share it.
         odd = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579"
@@ -148,15 +152,7 @@ class Measurements:
         chunk: range,
     ) -> dict[int, list[Any]]:
         """Records of some clusters: from the session's folder, or measured now."""
-        seed = seed63(cell.master_seed, "kv-cache", wanted.texts or wanted.kind)
-        told = json.dumps([wanted.model_dump(), arms, model, device, seed, chunk.start, chunk.stop])
-        path = self.folder / hashlib.sha256(told.encode()).hexdigest()[:32]
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                lines = [json.dumps(asdict(r)) for r in measure(wanted, arms, model, device, seed, chunk)]
-                # Only whole files get the name: a killed worker's is measured again.
-                path.with_suffix(".part").write_text("\n".join(lines), encoding="utf-8")
-                os.replace(path.with_suffix(".part"), path)
+        path = self._measured(cell, wanted, arms, model, device, chunk)
         kind = KINDS[wanted.kind]
         records = [
             kind(**_tuples(json.loads(line))) for line in path.read_text(encoding="utf-8").splitlines()
@@ -165,6 +161,74 @@ class Measurements:
         if wanted.same_text:
             return {chunk.start: records}
         return {i: [record for record in records if getattr(record, name) == i] for i in chunk}
+
+    def _measured(
+        self,
+        cell: Cell,
+        wanted: Evaluation,
+        arms: Sequence[str],
+        model: str,
+        device: str,
+        chunk: range,
+        wait: float = -1,
+    ) -> Path:
+        """The file of some clusters, measured now if it is not there.
+
+        Raises:
+            Timeout: Another worker has been measuring them for longer than `wait` seconds.
+        """
+        seed = seed63(cell.master_seed, "kv-cache", wanted.texts or wanted.kind)
+        told = json.dumps([wanted.model_dump(), arms, model, device, seed, chunk.start, chunk.stop])
+        path = self.folder / hashlib.sha256(told.encode()).hexdigest()[:32]
+        if path.exists():
+            return path
+        with FileLock(f"{path}.lock", timeout=wait):
+            if not path.exists():
+                lines = [json.dumps(asdict(r)) for r in measure(wanted, arms, model, device, seed, chunk)]
+                # Only whole files get the name: a killed worker's is measured again.
+                path.with_suffix(".part").write_text("\n".join(lines), encoding="utf-8")
+                os.replace(path.with_suffix(".part"), path)
+        return path
+
+    def _measure_planned(self) -> None:
+        """Measure what is planned and nobody measures yet; what fails is left to the check that needs it."""
+        jobs = {}
+        for cell, model in self._planned:
+            wanted = evaluations()[cell["evaluation"]]
+            device, chunks = _device_and_chunks(cell, model)
+            for chunk in chunks:
+                arms = (EXACT, *wanted.arms_of(chunk))
+                jobs[cell["evaluation"], model, device, chunk] = (cell, wanted, arms, model, device, chunk)
+        self._planned = []
+        # Long ones first, so that workers end together; by evaluation, so that each loads a model once.
+        for job in sorted(jobs.values(), key=lambda job: (-job[1].context, job[0]["evaluation"])):
+            with contextlib.suppress(Timeout, ValueError, RuntimeError):
+                self._measured(*job, wait=0)
+
+
+def _device_and_chunks(cell: Cell, model: str) -> tuple[str, list[range]]:
+    """Where a cell is measured on a model, and which of its clusters together."""
+    device = "cuda" if "gpu" in cell.claim.needs else models.device_of(model)
+    size = GPU_CHUNK if device == "cuda" else 1
+    return device, [range(i, min(i + size, cell.clusters)) for i in range(0, cell.clusters, size)]
+
+
+def planned_of(units: Iterable[tuple[Cell, str, str]]) -> list[tuple[Cell, str]]:
+    """Of cells with model and the arm that their subject is, those in the arms of their evaluations alone.
+
+    Args:
+        units: Cell, model, and the arm under test; empty if the cell names its arms itself.
+    """
+    planned = []
+    for cell, model, arm in units:
+        wanted = evaluations().get(cell.get("evaluation", ""))
+        if wanted is None or not model:
+            continue
+        own = {EXACT, *wanted.arms, *wanted.first}
+        named = [cell.get(name, EXACT) for name in ("arm", "better", "worse", "rival", "low", "high")]
+        if own.issuperset([*named, arm or EXACT]):
+            planned.append((cell, model))
+    return planned
 
 
 def measure(
