@@ -71,7 +71,7 @@ def attach(
             read one another raw, so that a single prefill measures the uncompressed model; the cache says so
             (`TurboQuantCache.scored_from_raw_prefill`), and `turboquant.evals.guards` refuses such scores:
             `check_prefill` by the cache, `check_attached` by the model, for harnesses that keep no cache.
-        backend: "auto", "torch" or "gluon"; each cache's `backend` says which ran.
+        backend: "auto", "gluon", "triton" or "torch"; each cache's `backend` says which ran.
         seed: Picks rotations and sketches, instead of the profile's.
 
     Raises:

@@ -311,8 +311,9 @@ class TurboQuantCache(Cache):
         dtype: Their dtype, checked; None takes the first ones'.
         capacity: Tokens to allocate for at once, with lengths on the device: compileable and capturable in a
             graph, for attached models; None grows.
-        backend: "torch", "gluon" (the kernel for Hopper GPUs; an error where it cannot serve) or "auto" (the
-            kernel where it can); the attribute `backend` says which it became.
+        backend: "torch", "gluon" (the kernel for Hopper GPUs; an error where it cannot serve), "triton" (the
+            kernel for any CUDA GPU from compute capability 8.0 on; the same) or "auto" (of the kernels the
+            device's, where it can serve); the attribute `backend` says which it became.
         prefill: What queries of several new tokens read: "codes" (a token raw if it is less than `window`
             back or a sink, else its codes, whatever the chunking) or "raw" (as deployed: all new tokens raw).
         offloading: Keep layers on the CPU between their turns (CUDA only), as transformers' own caches.
@@ -353,7 +354,7 @@ class TurboQuantCache(Cache):
 
     @property
     def backend(self) -> str:
-        """What reads codes in decoding steps: "gluon" or "torch"; before the first, what was asked for."""
+        """What reads codes in decoding steps: "gluon", "triton" or "torch"; at first, what was asked for."""
         return self._attend.ran
 
     @property

@@ -1,6 +1,7 @@
-"""Compile the decode kernel for sm_90 without a device, and print what its machine code is made of (JSON).
+"""Compile a decode kernel without a device, and print what its machine code is made of (JSON).
 
-python compiled.py KEYS VALUES HEAD_DIM ROWS BLOCKS [REGISTERS]; KEYS and VALUES as the benchmark names them.
+python compiled.py KERNEL KEYS VALUES CAPABILITY HEAD_DIM ROWS BLOCKS [REGISTERS]; KEYS and VALUES as the
+benchmark names them.
 """
 
 from __future__ import annotations
@@ -29,25 +30,23 @@ def loops(sass: str) -> list[Counter[str]]:
     return bodies
 
 
-def main(keys: str, values: str, dim: int, rows: int, blocks: int, registers: int = 0) -> None:
+def main(
+    kernel: str, keys: str, values: str, capability: int, dim: int, rows: int, blocks: int, registers: int = 0
+) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from turboquant_kernels.benchmarks.decode import mean_bits, runs_of
+    from turboquant_kernels.benchmarks.decode import mean_bits, source_of
     from turboquant_kernels.decode.launch import settings_for
-    from turboquant_kernels.decode.sm90 import source_for
 
-    how = settings_for(rows, dim, mean_bits(keys), mean_bits(values), blocks)
+    how = settings_for(rows, dim, mean_bits(keys), mean_bits(values), blocks, kernel)
     how = replace(how, registers=registers or how.registers)
-    source = source_for(
-        **runs_of(keys, values, dim), QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps, SOFTCAP=False,
-        DEPENDENTS=True,
-    )  # fmt: skip
+    source = source_of(kernel, keys, values, dim, how, softcap=False, dependents=capability >= 90)
     options = {"num_warps": how.warps, "maxnreg": how.registers}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = (
             subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
@@ -61,4 +60,4 @@ def main(keys: str, values: str, dim: int, rows: int, blocks: int, registers: in
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))

@@ -1,4 +1,4 @@
-"""Does the decode kernel compile to the machine code that its speed rests on? Without a device."""
+"""Do the decode kernels compile to the machine code that their speed rests on? Without a device."""
 
 from __future__ import annotations
 
@@ -16,21 +16,32 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, about 0.2 GB: tox -e kernels"
 )
 
-# (keys, values, head_dim, rows, blocks): instructions an element (a code of keys or values, a lane).
+# (kernel, keys, values, compute capability, head_dim, rows, blocks): instructions an element (a code of keys
+# or values, a lane).
 RECORDED = {
-    ("4", "4", 128, 4, 65536): 1.86,
-    ("4", "4", 128, 4, 2048): 1.75,
-    ("3", "3", 128, 4, 65536): 1.28,
-    ("2", "2", 128, 4, 65536): 1.16,
-    ("4", "4", 128, 8, 65536): 2.36,
-    ("3.5-oblivious", "3.5-oblivious", 128, 4, 65536): 1.44,
-    ("2.5-oblivious", "2.5-oblivious", 128, 4, 65536): 1.25,
-    ("3.5", "3.5", 128, 4, 65536): 1.66,
-    ("2.5", "2.5", 128, 4, 65536): 1.48,
-    ("3.5", "2.5-oblivious", 128, 4, 65536): 1.48,
-    ("3.5", "3.5", 128, 16, 65536): 2.43,
-    ("3.5", "3.5", 256, 4, 65536): 1.47,
-    ("2", "2", 256, 4, 65536): 1.06,
+    ("gluon", "4", "4", 90, 128, 4, 65536): 1.86,
+    ("gluon", "4", "4", 90, 128, 4, 2048): 1.75,
+    ("gluon", "3", "3", 90, 128, 4, 65536): 1.28,
+    ("gluon", "2", "2", 90, 128, 4, 65536): 1.16,
+    ("gluon", "4", "4", 90, 128, 8, 65536): 2.36,
+    ("gluon", "3.5-oblivious", "3.5-oblivious", 90, 128, 4, 65536): 1.44,
+    ("gluon", "2.5-oblivious", "2.5-oblivious", 90, 128, 4, 65536): 1.25,
+    ("gluon", "3.5", "3.5", 90, 128, 4, 65536): 1.66,
+    ("gluon", "2.5", "2.5", 90, 128, 4, 65536): 1.48,
+    ("gluon", "3.5", "2.5-oblivious", 90, 128, 4, 65536): 1.48,
+    ("gluon", "3.5", "3.5", 90, 128, 16, 65536): 2.43,
+    ("gluon", "3.5", "3.5", 90, 256, 4, 65536): 1.47,
+    ("gluon", "2", "2", 90, 256, 4, 65536): 1.06,
+    ("triton", "4", "4", 80, 128, 4, 65536): 1.91,
+    ("triton", "4", "4", 89, 128, 4, 65536): 1.92,
+    ("triton", "4", "4", 90, 128, 4, 65536): 1.92,
+    ("triton", "4", "4", 90, 128, 4, 2048): 1.78,
+    ("triton", "3", "3", 90, 128, 4, 65536): 1.33,
+    ("triton", "2", "2", 90, 128, 4, 65536): 1.23,
+    ("triton", "4", "4", 80, 128, 8, 65536): 2.48,
+    ("triton", "2", "2", 89, 128, 8, 65536): 1.63,
+    ("triton", "4", "4", 90, 256, 4, 65536): 1.66,
+    ("triton", "4", "4", 90, 64, 4, 65536): 2.39,
 }
 SHARED = ("LDS", "STS", "LDSM", "STSM", "BAR", "ATOMS")
 LOCAL = ("LDL", "STL")
@@ -60,14 +71,16 @@ def test_instruction_budget(kernel):
         assert of_kinds(body, SHARED) == 0
         assert of_kinds(body, LOCAL) == 0
     assert found["sizes"]["LOCAL"] == 0
-    assert found["sizes"]["STACK"] == 0
+    # At head_dim 256, words of the prologue are kept there that are read again between or after the loops.
+    assert found["sizes"]["STACK"] <= (128 if kernel[0] == "triton" and kernel[4] == 256 else 0)
     instructions = sum(found["loops"][0].values()) / found["elements"]
     assert instructions == pytest.approx(RECORDED[kernel], rel=0.1)
     # The warps' results meet in shared memory, after the loop: such instructions are seen where they are.
     assert of_kinds(found["whole"], SHARED) > 0
 
 
-def test_a_kernel_short_of_registers_is_seen_to_spill():
-    found = machine_code("4", "4", 128, 4, 65536, 64)
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+def test_a_kernel_short_of_registers_is_seen_to_spill(kernel):
+    found = machine_code(kernel, "4", "4", 90, 128, 4, 65536, 64)
     assert found["sizes"]["STACK"] > 0
     assert max(of_kinds(body, LOCAL) for body in found["loops"]) > 0

@@ -1,4 +1,4 @@
-"""Does the kernel attend as float64 over what is stored, after any appends? `pytest -m gpu` on Hopper."""
+"""Do the kernels attend as float64 over what is stored, after any appends? `pytest -m gpu` on a GPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from torch import Tensor
 from turboquant.cache import vector_codec
 from turboquant.profiles import profile
 from turboquant_kernels.decode import Attention, attend, choose
+from turboquant_kernels.decode.unpack import level_table
 from turboquant_kernels.packed_kv import PackedKV, Reading
 from turboquant_kernels.packed_kv.store import Half
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 TOLERANCE = 1e-3  # of sum p |v|
+POSITIVE = {4: (5, 16, 27, 39, 52, 67, 86, 113), 3: (13, 41, 73, 117), 2: (24, 81), 1: (31,)}
+
+
+def kernels(*parts: object) -> list[str]:
+    """Those that the device has and that read such (width, bits) of keys and values."""
+    return ["gluon"] * HOPPER + ["triton"] * all(len(part) == 1 for part in parts)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -73,40 +81,44 @@ def error(attention: Attention, query: Tensor, reading: Reading, softcap: float 
     scale = query.shape[-1] ** -0.5
     # In float32, so that the output's own rounding is not counted.
     found = attention(query, reading, scale=scale, softcap=softcap)
-    assert attention.decoding == "gluon"
+    best = "gluon" if HOPPER else "triton"
+    assert attention.decoding == (best if attention.backend == "auto" else attention.backend)
     expected, total = exact(query, reading, scale, softcap)
     resolution = torch.finfo(query.dtype).eps / 2 * expected.norm(dim=-1, keepdim=True)
     off = (found.double() - expected).norm(dim=-1, keepdim=True) - resolution
     return float((off / total).max())
 
 
+CASES = [
+    ((((128, 4),), ((128, 4),)), 4, torch.bfloat16, "oblivious"),
+    ((((128, 3),), ((128, 3),)), 7, torch.float32, "oblivious"),
+    ((((128, 2),), ((128, 2),)), 1, torch.float16, "oblivious"),
+    ((((64, 4),), ((64, 2),)), 4, torch.bfloat16, "oblivious"),
+    ((((256, 4),), ((256, 4),)), 2, torch.bfloat16, "oblivious"),
+    ((((128, 1),), ((128, 1),)), 16, torch.float16, "oblivious"),
+    *(
+        (parts, groups, dtype, split)
+        for parts, groups, dtype in (
+            ((((32, 4), (96, 3)),) * 2, 4, torch.bfloat16),
+            ((((32, 3), (96, 2)),) * 2, 8, torch.float32),
+            ((((64, 4), (64, 3)), ((128, 2),)), 1, torch.float16),
+            ((((128, 4),), ((32, 3), (96, 2))), 4, torch.bfloat16),
+            ((((32, 4), (32, 3)),) * 2, 4, torch.bfloat16),
+            ((((64, 4), (192, 3)),) * 2, 2, torch.bfloat16),
+        )
+        for split in ("outlier", "oblivious")
+    ),
+]
+
+
 @pytest.mark.parametrize("capacity", [None, 6000])
 @pytest.mark.parametrize(("window", "sinks"), [(128, 4), (0, 0), (33, 0)])
 @pytest.mark.parametrize(
-    ("parts", "groups", "dtype", "split"),
-    [
-        ((((128, 4),), ((128, 4),)), 4, torch.bfloat16, "oblivious"),
-        ((((128, 3),), ((128, 3),)), 7, torch.float32, "oblivious"),
-        ((((128, 2),), ((128, 2),)), 1, torch.float16, "oblivious"),
-        ((((64, 4),), ((64, 2),)), 4, torch.bfloat16, "oblivious"),
-        ((((256, 4),), ((256, 4),)), 2, torch.bfloat16, "oblivious"),
-        ((((128, 1),), ((128, 1),)), 16, torch.float16, "oblivious"),
-        *(
-            (parts, groups, dtype, split)
-            for parts, groups, dtype in (
-                ((((32, 4), (96, 3)),) * 2, 4, torch.bfloat16),
-                ((((32, 3), (96, 2)),) * 2, 8, torch.float32),
-                ((((64, 4), (64, 3)), ((128, 2),)), 1, torch.float16),
-                ((((128, 4),), ((32, 3), (96, 2))), 4, torch.bfloat16),
-                ((((32, 4), (32, 3)),) * 2, 4, torch.bfloat16),
-                ((((64, 4), (192, 3)),) * 2, 2, torch.bfloat16),
-            )
-            for split in ("outlier", "oblivious")
-        ),
-    ],
+    ("kernel", "parts", "groups", "dtype", "split"),
+    [(kernel, *case) for case in CASES for kernel in kernels(*case[0])],
     ids=str,
 )
-def test_against_float64(parts, split, groups, dtype, window, sinks, capacity) -> None:
+def test_against_float64(kernel, parts, split, groups, dtype, window, sinks, capacity) -> None:
     dim = sum(width for width, _ in parts[0])
     codecs = [vector_codec(dim, part, seed=i, split=split) for i, part in enumerate(parts)]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
@@ -114,7 +126,7 @@ def test_against_float64(parts, split, groups, dtype, window, sinks, capacity) -
     keys, values = (normal(2, 2, total, dim, seed=s, dtype=dtype) for s in (1, 2))
     keys[:, :, :, 5:dim:7] *= 4  # outlier channels
     query = normal(2, 2 * groups, total, dim, seed=3, dtype=dtype)
-    attention = choose("gluon")
+    attention = choose(kernel)
     kv.pad(torch.tensor([0, 17], device=DEVICE))
     start = 0
     for count in (50, 1, 8, 1500, 1, 2, 3300, 1, 1):
@@ -154,10 +166,18 @@ def test_appended_codes_are_the_cpus_bytes(bits, dim, capacity) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "split"),
-    [(((128, 4),), "outlier"), (((32, 4), (96, 3)), "outlier"), (((32, 3), (96, 2)), "oblivious")],
+    ("kernel", "parts", "split"),
+    [
+        (kernel, parts, split)
+        for parts, split in (
+            (((128, 4),), "outlier"),
+            (((32, 4), (96, 3)), "outlier"),
+            (((32, 3), (96, 2)), "oblivious"),
+        )
+        for kernel in kernels(parts)
+    ],
 )
-def test_a_captured_step_goes_on_as_an_eager_one(parts, split) -> None:
+def test_a_captured_step_goes_on_as_an_eager_one(kernel, parts, split) -> None:
     def store(capacity: int | None) -> PackedKV:
         codecs = (vector_codec(128, parts, seed=s, split=split) for s in (1, 2))
         made = PackedKV(*codecs, window=32, capacity=capacity)
@@ -166,7 +186,7 @@ def test_a_captured_step_goes_on_as_an_eager_one(parts, split) -> None:
 
     keys, values = (normal(1, 2, 1100, 128, seed=s, dtype=torch.bfloat16) for s in (1, 2))
     query = normal(1, 8, 1100, 128, seed=3, dtype=torch.bfloat16)
-    attention, eager, fixed = choose("gluon"), store(None), store(2000)
+    attention, eager, fixed = choose(kernel), store(None), store(2000)
     inputs = [x[:, :, :1].clone() for x in (query, keys, values)]
 
     def step() -> Tensor:
@@ -197,7 +217,7 @@ def test_a_captured_step_goes_on_as_an_eager_one(parts, split) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious", "4"]
+    "name", ["conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious"] * HOPPER + ["4"]
 )
 def test_what_users_get_runs_on_the_kernel(name) -> None:
     """`auto` takes it for the profiles' codecs, and says so."""
@@ -227,6 +247,26 @@ def test_more_bits_run_on_torch_and_say_why(bits) -> None:
     expected, total = exact(query[:, :, 899:], reading, 0.1, None)
     assert float(((found.double() - expected).norm(dim=-1, keepdim=True) / total).max()) < TOLERANCE
     assert attention.decoding == "torch"
-    assert "of 1, 2, 3 or 4 bits each" in str(attention.reason)
-    with pytest.raises(ValueError, match="cannot do this decoding step: keys must have"):
-        choose("gluon")(query[:, :, 899:], reading, scale=0.1)
+    assert "of 1, 2, 3 or 4 bits" in str(attention.reason)
+    for kernel in kernels():
+        with pytest.raises(ValueError, match="cannot do this decoding step: keys must have"):
+            choose(kernel)(query[:, :, 899:], reading, scale=0.1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_instructions_look_up_what_their_twin_does(bits) -> None:
+    """Inline assembly on the device, and the plain operations that stand for it in the interpreter."""
+    from look_up import look_up  # needs triton, which a CPU may lack
+
+    source = torch.Generator().manual_seed(bits)
+    words = torch.randint(-(2**31), 2**31, (500, bits, 32), generator=source).int().to(DEVICE)
+    table = torch.tensor(level_table(POSITIVE[bits], bits), dtype=torch.int32, device=DEVICE)
+    found = []
+    for assembly in (True, False):
+        quads = torch.full((500, 32, 8), 0x7F7F7F7F, dtype=torch.int32, device=DEVICE)
+        look_up[(500,)](words, table, quads, BITS=bits, ASM=assembly, num_warps=1)
+        found.append(quads)
+    assert torch.equal(*found)
+    # Every level there is, and no other byte.
+    levels = {x for level in POSITIVE[bits] for x in (level, -1 - level)}
+    assert set(found[0].view(torch.int8).unique().tolist()) == levels

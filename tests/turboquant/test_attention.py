@@ -320,7 +320,6 @@ def mask_with(zeros: list[int]) -> Tensor:
             "made for device meta and got keys of cpu",
         ),
         (lambda m: attach(m, "conservativ"), "nearest name is 'conservative'"),
-        (lambda m: attach(m, COARSE, backend="triton"), "no triton kernel"),
         (lambda m: attach(m, COARSE, backend="cuda"), "backend must be one of"),
         (lambda m: attach(m, COARSE, prefill="dense"), "prefill must be 'codes' or 'raw', not 'dense'"),
         (lambda m: attach(m, profile("4", key_bits=[4] * 3)), "key_bits lists 3 layers and the model has 2"),

@@ -126,7 +126,7 @@ def arm(name: str, *, window: int | None = None, backend: str = "dense") -> Arm:
             `CacheSubject` and its bits.
         window: Newest tokens kept raw; None for 128, or a profile's own.
         backend: How ours is read: "dense" (decoded for the model's own attention, as the rivals are), or
-            by our attention over codes, "torch", "gluon" or "auto".
+            by our attention over codes, "torch", "gluon", "triton" or "auto".
 
     Returns:
         The arm.

@@ -61,7 +61,7 @@ Rotation = Annotated[int, typer.Option(help="Picks rotations.")]
 Backend = Annotated[
     str,
     typer.Option(
-        help="How ours is read: dense (decoded for the model's own attention), torch, gluon or auto."
+        help="How ours is read: dense (decoded for the model's own attention), torch, gluon, triton or auto."
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Contexts at a time; left out: as many as fit.")]

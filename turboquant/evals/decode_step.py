@@ -91,7 +91,7 @@ class Step:
         milliseconds: Of each timed step, in order.
         cache_bytes: All that the cache holds.
         peak_bytes: The most that was allocated on the device while stepping, weights included; None on a CPU.
-        backend: What attended: of ours "gluon" or "torch", of the others torch's kernel.
+        backend: What attended: of ours "gluon", "triton" or "torch", of the others torch's kernel.
         reason: Why ours did not take its kernel, if it did not.
         failed: Why there are no times, if there are none.
         software: Versions of torch and transformers.

@@ -16,9 +16,11 @@ __all__ = ["attend_bf16"]
 def _attend_splits(
     q_ptr, k_ptr, v_ptr, partial_ptr, sums_ptr, tokens, splits, rows, scale,
     ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: bf16 products, float32 softmax."""
-    tl.extra.cuda.gdc_wait()
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
     q = tl.load(
@@ -45,7 +47,8 @@ def _attend_splits(
     tl.store(partial_ptr + at[:, None] * DIM + dim[None, :], out, mask=row[:, None] < rows)
     tl.store(sums_ptr + 2 * at, top, mask=row < rows)
     tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
-    tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def attend_bf16(
@@ -59,10 +62,11 @@ def attend_bf16(
     partial = torch.empty(batch, heads, splits, rows, dim, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, device=query.device)
     out = torch.empty(batch, heads, rows, dim, device=query.device)
+    dependents = torch.cuda.get_device_capability(query.device) >= (9, 0)
     _attend_splits[(splits, batch * heads)](
         query, keys, values, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
-        ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages, num_warps=4,
-        launch_pdl=True,
+        ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages,
+        DEPENDENTS=dependents, num_warps=4, launch_pdl=dependents,
     )  # fmt: skip
     combine(partial, sums, out, 1.0)
     return out

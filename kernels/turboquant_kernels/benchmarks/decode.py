@@ -1,6 +1,7 @@
 """How fast is decoding attention over packed codes, against the best bf16 attention on the same device?
 
-    python -m turboquant_kernels.benchmarks.decode [--quick] [--sweep] [--anyway] [--seconds N] [--out DIR]
+    python -m turboquant_kernels.benchmarks.decode [--kernel NAME] [--quick] [--sweep] [--anyway]
+                                                   [--seconds N] [--out DIR]
 
 Correctness comes first: nothing is timed for a configuration whose outputs are wrong. Inputs rotate among
 sets that together exceed the cache; launches are replayed from a graph; each shape's baseline is the fastest
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboquant_kernels import registers
 from turboquant_kernels.benchmarks.bf16 import attend_bf16
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
-from turboquant_kernels.decode.launch import Settings, attend_codes, settings_for
+from turboquant_kernels.decode.launch import Kernel, Settings, attend_codes, settings_for
 from turboquant_kernels.decode.unpack import Codes, kernel_runs
 
 __all__ = ["FORMS", "LEVELS", "Packed", "main"]
@@ -76,6 +78,7 @@ class Packed:
 
     keys: Codes
     values: Codes
+    kernel: Kernel
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +97,7 @@ class Packed:
             "length": self.keys.norms[0].shape[-1],
             "softmax_scale": query.shape[-1] ** -0.5,
         } | options
-        return attend_codes(query, self.keys, self.values, **chosen)  # type: ignore[arg-type]
+        return attend_codes(query, self.keys, self.values, kernel=self.kernel, **chosen)  # type: ignore[arg-type]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, tokens, D) float64, decoded."""
@@ -110,7 +113,7 @@ class Packed:
         return out[0], out[1]
 
 
-def random_packed(shape: Shape, keys: str, values: str, norm: float = 11.0) -> Packed:
+def random_packed(shape: Shape, keys: str, values: str, kernel: Kernel, norm: float = 11.0) -> Packed:
     """Every bit pattern is a code, so random words are codes; norms near `norm` (keys) and 1 (values)."""
     blocks = -(-shape.tokens // 32)
     lead = (shape.batch, shape.heads)
@@ -133,7 +136,7 @@ def random_packed(shape: Shape, keys: str, values: str, norm: float = 11.0) -> P
         bits = tuple(bits for _, bits, _ in form)
         return Codes(tuple(words), tuple(norms), bits, tuple(LEVELS[b][0] for b in bits), tuple(units))
 
-    return Packed(side(FORMS[keys], norm), side(FORMS[values], 1.0))
+    return Packed(side(FORMS[keys], norm), side(FORMS[values], 1.0), kernel)
 
 
 def exact(
@@ -185,11 +188,11 @@ def error(
     return float(off.max())
 
 
-def checks(quick: bool) -> dict[str, Callable[[], float]]:
+def checks(quick: bool, kernel: Kernel) -> dict[str, Callable[[], float]]:
     """Named correctness cases, each returning its error."""
 
     def case(shape: Shape, keys: str, values: str, **options: object) -> float:
-        packed = random_packed(shape, keys, values)
+        packed = random_packed(shape, keys, values, kernel)
         query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
         if "first" in options:
             options["first"] = torch.tensor(options["first"], device="cuda")
@@ -202,7 +205,7 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
 
     def dominant(form: str, share: float, tokens: int) -> float:
         """One token has about this share of the weight; the rest is spread over values that do not cancel."""
-        packed = random_packed(Shape(1, 2, 4, tokens), form, form)
+        packed = random_packed(Shape(1, 2, 4, tokens), form, form, kernel)
         point_all_values(packed)
         keys, _ = packed.dense()
         target = keys[:, :, tokens // 3].float()
@@ -213,12 +216,12 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
         return error(packed, query)
 
     def equal(form: str, tokens: int) -> float:
-        packed = random_packed(Shape(1, 1, 4, tokens), form, form)
+        packed = random_packed(Shape(1, 1, 4, tokens), form, form, kernel)
         point_all_values(packed)
         return error(packed, torch.zeros(1, 1, 4, 128, device="cuda"))
 
     def spike(form: str, query_scale: float) -> float:
-        packed = random_packed(Shape(1, 2, 4, 8192), form, form)
+        packed = random_packed(Shape(1, 2, 4, 8192), form, form, kernel)
         packed.values.norms[0][..., 4001] = 1e4
         packed.values.norms[-1][..., 4002] = 1e4
         packed.values.norms[0][..., 17] = 0.0
@@ -227,12 +230,12 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
 
     def sharp(form: str) -> float:
         """Scores of hundreds: one token of each tile carries all its weight."""
-        packed = random_packed(Shape(1, 2, 4, 5000), form, form, norm=300.0)
+        packed = random_packed(Shape(1, 2, 4, 5000), form, form, kernel, norm=300.0)
         return error(packed, 10 * torch.randn(1, 2, 4, 128, device="cuda"), length=4999)
 
     def not_a_number(form: str, channel: int) -> float:
         """NaN in a query is NaN in its output and nowhere else."""
-        packed = random_packed(Shape(1, 2, 4, 1000), form, form)
+        packed = random_packed(Shape(1, 2, 4, 1000), form, form, kernel)
         query = torch.randn(1, 2, 4, 128, device="cuda")
         clean = packed.attend(query)
         query[0, 1, 2, channel] = math.nan
@@ -243,19 +246,19 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
         return 0.0 if torch.equal(hit, expected) and torch.equal(found[~hit], clean[~hit]) else math.inf
 
     def by_tensor(form: str) -> float:
-        packed = random_packed(Shape(2, 2, 4, 3000), form, form)
+        packed = random_packed(Shape(2, 2, 4, 3000), form, form, kernel)
         query = torch.randn(2, 2, 4, 128, device="cuda")
         one = packed.attend(query, length=2345)
         other = packed.attend(query, length=45, length_tensor=torch.tensor(2300, device="cuda"))
         return 0.0 if torch.equal(one, other) else math.inf
 
     def repeatable(form: str) -> float:
-        packed = random_packed(Shape(2, 8, 4, 30000), form, form)
+        packed = random_packed(Shape(2, 8, 4, 30000), form, form, kernel)
         query = torch.randn(2, 8, 4, 128, device="cuda")
         once = packed.attend(query)
         return 0.0 if all(torch.equal(once, packed.attend(query)) for _ in range(5)) else math.inf
 
-    cases: dict[str, Callable[[], float]] = {}
+    cases: dict[str, partial[float]] = {}
     pairs = [(form, form) for form in FORMS]
     pairs += [("4", "2"), ("3.5-oblivious", "2.5"), ("3.5", "2"), ("2", "2.5-oblivious")]
     for pair in pairs:
@@ -304,9 +307,10 @@ def checks(quick: bool) -> dict[str, Callable[[], float]]:
     for form in ("2", "2.5-oblivious"):
         cases[f"{form} dominant"] = partial(dominant, form, 0.5, 32768)
         cases[f"{form} one million"] = partial(equal, form, 1 << 20)
+    cases = {f"{kernel}, {name}": check for name, check in cases.items() if _reads(kernel, *check.args)}
     if quick:
         return dict(itertools.islice(cases.items(), 0, None, 4))
-    return cases
+    return dict(cases)
 
 
 def baselines(shape: Shape) -> dict[str, Timing | str]:
@@ -349,11 +353,13 @@ def baselines(shape: Shape) -> dict[str, Timing | str]:
     return found
 
 
-def time_packed(shape: Shape, keys: str, values: str, settings: Settings) -> tuple[Timing, int]:
+def time_packed(
+    shape: Shape, keys: str, values: str, settings: Settings, kernel: Kernel
+) -> tuple[Timing, int]:
     """Time one configuration; also the bytes it reads."""
-    sets = [random_packed(shape, keys, values)]
+    sets = [random_packed(shape, keys, values, kernel)]
     while sum(p.nbytes for p in sets) < CACHE_BYTES:
-        sets.append(random_packed(shape, keys, values))
+        sets.append(random_packed(shape, keys, values, kernel))
     query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device="cuda")
     timing = time_launches([partial(p.attend, query, length=shape.tokens, settings=settings) for p in sets])
     return timing, sets[0].nbytes
@@ -375,9 +381,14 @@ OTHER_SHAPES = [
 ARMS = [(form, form) for form in FORMS if form != "1"] + [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]
 
 
-def arms(shape: Shape) -> list[tuple[str, str]]:
+def _reads(kernel: Kernel, *forms: object) -> bool:
+    """Whether the kernel reads codes that are kept so: plain Triton reads no split ones."""
+    return kernel == "gluon" or not any("." in form for form in forms if isinstance(form, str))
+
+
+def arms(shape: Shape, kernel: Kernel) -> list[tuple[str, str]]:
     """What keys and values are kept as, where the kernel can read it: runs are multiples of 32 wide."""
-    return [pair for pair in ARMS if shape.dim > 64 or "." not in "".join(pair)]
+    return [pair for pair in ARMS if _reads(kernel, *pair) and (shape.dim > 64 or "." not in "".join(pair))]
 
 
 def mean_bits(form: str) -> float:
@@ -385,44 +396,71 @@ def mean_bits(form: str) -> float:
     return sum(share * bits for share, bits, _ in FORMS[form])
 
 
-def chosen_settings(shape: Shape, keys: str, values: str) -> Settings:
+def chosen_settings(shape: Shape, keys: str, values: str, kernel: Kernel) -> Settings:
     """What a launch takes by itself."""
     blocks = shape.batch * shape.heads * -(-shape.tokens // 32)
-    return settings_for(shape.rows, shape.dim, mean_bits(keys), mean_bits(values), blocks)
+    return settings_for(shape.rows, shape.dim, mean_bits(keys), mean_bits(values), blocks, kernel)
 
 
-def sweep_settings(shape: Shape, keys: str, values: str) -> list[Settings]:
+def sweep_settings(shape: Shape, keys: str, values: str, kernel: Kernel) -> list[Settings]:
     """Settings worth trying beside the chosen one."""
-    chosen = chosen_settings(shape, keys, values)
+    chosen = chosen_settings(shape, keys, values, kernel)
     tried = {
-        4: [(1, 4, 128, 4), (2, 4, 128, 4), (1, 4, 96, 5), (2, 4, 160, 3), (1, 8, 128, 2), (1, 2, 128, 8)],
+        4: [
+            (1, 4, 128, 4),
+            (2, 4, 128, 4),
+            (1, 4, 96, 5),
+            (2, 4, 160, 3),
+            (1, 8, 128, 2),
+            (1, 2, 128, 8),
+            (1, 1, 128, 16),
+            (1, 4, 160, 3),
+        ],
         8: [(1, 4, 160, 3), (1, 4, 128, 4), (2, 4, 168, 3), (2, 4, 224, 2)],
         16: [(1, 4, 224, 2), (1, 4, 168, 3)],
     }[chosen.queries]
     return [Settings(chosen.queries, *rest) for rest in tried]
 
 
-Job = tuple[str, str, int, Settings, bool]
+Job = tuple[Kernel, str, str, int, Settings, bool]
 
 
-def build(job: Job) -> str | None:
-    """Compile one kernel into the cache without a device; returns what went wrong."""
+def build(job: Job, capability: tuple[int, int]) -> str | None:
+    """Compile one kernel into the cache; returns what went wrong."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from turboquant_kernels.decode.sm90 import source_for
-
-    keys, values, dim, how, softcap = job
+    kernel, keys, values, dim, how, softcap = job
+    dependents = capability >= (9, 0)
     try:
-        source = source_for(
-            **runs_of(keys, values, dim), QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
-            SOFTCAP=softcap, DEPENDENTS=True,
-        )  # fmt: skip
-        options = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": True}
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        source = source_of(kernel, keys, values, dim, how, softcap=softcap, dependents=dependents)
+        overlaps = dependents and kernel == "gluon"
+        options = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": overlaps}
+        target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        triton.compile(source, target=target, options=options)
     except Exception as problem:
         return f"{job}: {problem}"
     return None
+
+
+def source_of(
+    kernel: Kernel, keys: str, values: str, dim: int, how: Settings, *, softcap: bool, dependents: bool
+) -> Any:
+    """What `triton.compile` takes of a kernel for such codes."""
+    rest = {
+        "QUERIES": how.queries,
+        "SUBS": how.subs,
+        "WARPS": how.warps,
+        "SOFTCAP": softcap,
+        "DEPENDENTS": dependents,
+    }
+    if kernel == "gluon":
+        from turboquant_kernels.decode import sm90
+
+        return sm90.source_for(**runs_of(keys, values, dim), **rest)
+    from turboquant_kernels.decode import portable
+
+    return portable.source_for(KEY_BITS=int(keys), VALUE_BITS=int(values), UNITS=dim // 32, **rest)
 
 
 def runs_of(keys: str, values: str, dim: int) -> dict[str, object]:
@@ -440,6 +478,7 @@ def runs_of(keys: str, values: str, dim: int) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", choices=("gluon", "triton"), help="only this one, not all that run here")
     parser.add_argument("--quick", action="store_true", help="a quarter of the checks")
     parser.add_argument("--sweep", action="store_true", help="also time other settings")
     parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
@@ -452,33 +491,42 @@ def main(arguments: list[str] | None = None) -> int:
     def note(text: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
 
+    # Asked in another process: one that has used the device must not be forked, as below.
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        capability = pool.submit(torch.cuda.get_device_capability).result()
+    kernels: list[Kernel] = ["gluon", "triton"] if capability == (9, 0) else ["triton"]
+    kernels = [kernel for kernel in kernels if chosen.kernel in (None, kernel)]
     shapes = SHAPES + ([] if chosen.quick else OTHER_SHAPES)
 
-    def settings(shape: Shape, k: str, v: str) -> list[Settings]:
-        tried = sweep_settings(shape, k, v) if chosen.sweep and k == v and shape in SHAPES else []
-        return [chosen_settings(shape, k, v), *tried]
+    def settings(shape: Shape, k: str, v: str, kernel: Kernel) -> list[Settings]:
+        tried = sweep_settings(shape, k, v, kernel) if chosen.sweep and k == v and shape in SHAPES else []
+        return [chosen_settings(shape, k, v, kernel), *tried]
 
     jobs: set[Job] = {
-        (k, v, shape.dim, how, False)
+        (kernel, k, v, shape.dim, how, False)
+        for kernel in kernels
         for shape in shapes
-        for k, v in arms(shape)
-        for how in settings(shape, k, v)
+        for k, v in arms(shape, kernel)
+        for how in settings(shape, k, v, kernel)
     }
     checked = [
         Shape(1, 1, rows, 1, dim)
         for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 256), (8, 256))
     ]
     jobs |= {
-        (form, form, shape.dim, chosen_settings(shape, form, form), cap)
+        (kernel, form, form, shape.dim, chosen_settings(shape, form, form, kernel), cap)
+        for kernel in kernels
         for shape in checked
         for form in FORMS
+        if _reads(kernel, form)
         for cap in (False, True)
         if shape.dim > 64 or "." not in form
         if form != "1" or shape == checked[0]
         if not cap or (form in ("4", "3.5-oblivious", "3.5", "2.5") and shape == checked[0])
     }
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        problems = [p for p in pool.map(build, sorted(jobs, key=str)) if p]
+        tried = pool.map(partial(build, capability=capability), sorted(jobs, key=str))
+        problems = [problem for problem in tried if problem]
     note(f"{len(jobs)} kernels compiled, {len(problems)} not")
     for problem in problems:
         print(problem[:300])
@@ -488,7 +536,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     wrong = []
     worst = 0.0
-    for name, check in checks(chosen.quick).items():
+    named = [pair for kernel in kernels for pair in checks(chosen.quick, kernel).items()]
+    for name, check in named:
         try:
             off = check()
         except Exception:
@@ -531,24 +580,30 @@ def main(arguments: list[str] | None = None) -> int:
         )
         lines.append(headline)
         shown.append(headline)
-        for k, v in arms(shape):
+        for kernel, k, v in [(each, *pair) for each in kernels for pair in arms(shape, each)]:
             found: list[tuple[float, int, str]] = []
-            for number, how in enumerate(settings(shape, k, v)):
+            for number, how in enumerate(settings(shape, k, v, kernel)):
                 if time.monotonic() - began > chosen.seconds:
                     break
                 try:
-                    took, size = time_packed(shape, k, v, how)
+                    took, size = time_packed(shape, k, v, how, kernel)
                 except Exception as problem:
-                    note(f"{shape} k {k} v {v} {how}: {str(problem)[:200]}")
+                    note(f"{shape} {kernel} k {k} v {v} {how}: {str(problem)[:200]}")
                     continue
                 records.append(
-                    {"shape": asdict(shape), "codes": [k, v], "settings": asdict(how), "time": asdict(took)}
+                    {
+                        "shape": asdict(shape),
+                        "kernel": kernel,
+                        "codes": [k, v],
+                        "settings": asdict(how),
+                        "time": asdict(took),
+                    }
                 )
                 what = (
                     f"  {how.subs} subs {how.warps} warps {how.registers} registers {how.programs} programs"
                 )
                 line = (
-                    f"   k {k:13} v {v:13} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us "
+                    f"   {kernel:6} k {k:13} v {v:13} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us "
                     f"{size / took.p50 / 1e3:5.0f} GB/s {size / took.p50 * 1e6 / copied:4.0%}  "
                     f"x {timed[best].p50 / took.p50:.2f}{what if number else ''}"
                 )

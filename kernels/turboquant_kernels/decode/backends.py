@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
-from turboquant_kernels.decode import hopper, reference
+from turboquant_kernels.decode import reference, step
 from turboquant_kernels.packed_kv import Reading
+
+if TYPE_CHECKING:
+    from turboquant_kernels.decode.launch import Kernel
 
 __all__ = ["BACKENDS", "Attention", "choose"]
 
@@ -25,9 +28,10 @@ class Attention:
 
     Attributes:
         backend: What was asked for.
-        decoding: What did the last step of at most 8 new tokens: "gluon" or "torch"; None before the first.
+        decoding: What did the last step of at most 8 new tokens: "gluon", "triton" or "torch"; None before
+            the first.
         prefill: What did the last forward of more new tokens (always "torch"); None before the first.
-        reason: Why `decoding` is "torch" although "auto" prefers the kernel; None if it is not, or was asked
+        reason: Why `decoding` is "torch" although "auto" prefers a kernel; None if it is not, or was asked
             for.
     """
 
@@ -62,27 +66,30 @@ class Attention:
         Raises:
             ValueError: If shapes do not suit, or the implementation asked for cannot do this step.
         """
-        if self.backend == "torch" or reading.queries > hopper.MOST_QUERIES:
+        if self.backend == "torch" or reading.queries > step.MOST_QUERIES:
             why = None
         else:
-            why = self._refusal(query, reading, mask, causal)
+            kernel = step.preferred(query.device) if self.backend == "auto" else cast("Kernel", self.backend)
+            why = self._refusal(query, reading, mask, causal, kernel)
             if why is None:
                 reference.check(query, reading)
-                self.decoding, self.reason = "gluon", None
-                return hopper.attend(query, reading, scale=scale, softcap=softcap)
-            if self.backend == "gluon":
+                self.decoding, self.reason = kernel, None
+                return step.attend(query, reading, scale=scale, kernel=kernel, softcap=softcap)
+            if self.backend != "auto":
                 raise ValueError(
-                    f"the gluon kernel cannot do this decoding step: {why}; use backend='torch', or 'auto', "
-                    "which takes it then"
+                    f"the {kernel} kernel cannot do this decoding step: {why}; use backend='torch', or "
+                    "'auto', which takes what can"
                 )
-        if reading.queries > hopper.MOST_QUERIES:
+        if reading.queries > step.MOST_QUERIES:
             self.prefill = "torch"
         else:
             self.decoding, self.reason = "torch", why
         return reference.attend(query, reading, scale=scale, mask=mask, softcap=softcap, causal=causal)
 
-    def _refusal(self, query: Tensor, reading: Reading, mask: Tensor | None, causal: bool) -> str | None:
-        why = hopper.refusal(query, reading, causal, mask is not None)
+    def _refusal(
+        self, query: Tensor, reading: Reading, mask: Tensor | None, causal: bool, kernel: Kernel
+    ) -> str | None:
+        why = step.refusal(query, reading, causal, mask is not None, kernel)
         if why is None and not _triton():
             why = "it needs triton 3.6 or newer: pip install 'triton>=3.6'"
         if why is None and mask is not None and not self._is_plain(mask, reading):
@@ -96,7 +103,7 @@ class Attention:
             state = (mask._version, reading.before if isinstance(reading.before, int) else None)
             if self._mask is not None and self._mask[0]() is mask and self._mask[1] == state:
                 return self._mask[2]
-        plain = hopper.sees_all_before(mask, reading)
+        plain = step.sees_all_before(mask, reading)
         if torch.cuda.is_current_stream_capturing():
             # Nothing can wait for the device now; it reports by itself when the graph is replayed.
             torch._assert_async(plain, "a captured step got a mask that hides more than padding")
@@ -111,26 +118,23 @@ def choose(backend: str) -> Attention:
     """Find an implementation.
 
     Args:
-        backend: "torch" (the reference), "gluon" (the kernel for Hopper) or "auto" (the kernel where it can
-            do the step). Forwards of more than 8 new tokens are always the reference's.
+        backend: "torch" (the reference), "gluon" (the kernel for compute capability 9.0), "triton" (the one
+            for any from 8.0 on) or "auto" (of the kernels the one for the device, where it can do the step).
+            Forwards of more than 8 new tokens are always the reference's.
 
     Returns:
         The function (see `reference.attend`), which records what ran.
 
     Raises:
-        ValueError: If the name is unknown, or there is no such kernel or no device for it.
+        ValueError: If the name is unknown, or there is no device for it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "triton":
+    if backend in ("gluon", "triton") and not torch.cuda.is_available():
+        needed = "9.0" if backend == "gluon" else "8.0 or newer"
         raise ValueError(
-            "there is no triton kernel for attention over packed codes in this version: use backend='gluon' "
-            "on a GPU of compute capability 9.0, 'torch' anywhere, or 'auto'"
-        )
-    if backend == "gluon" and not torch.cuda.is_available():
-        raise ValueError(
-            "backend='gluon' needs a CUDA device of compute capability 9.0, and there is none: use "
-            "backend='torch', or 'auto', which takes the kernel where there is one"
+            f"backend={backend!r} needs a CUDA device of compute capability {needed}, and there is none: use "
+            "backend='torch', or 'auto', which takes a kernel where there is one"
         )
     return Attention(backend)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 from torch import Tensor
 
 from turboquant_kernels.decode.combine import combine_splits
-from turboquant_kernels.decode.sm90 import attend_splits
+from turboquant_kernels.decode.portable import attend_splits as attend_splits_plainly
 from turboquant_kernels.decode.unpack import Codes, kernel_runs, table_tensor
 
-__all__ = ["Settings", "attend_codes", "settings_for"]
+__all__ = ["Kernel", "Settings", "attend_codes", "combine", "settings_for"]
+
+Kernel = Literal["gluon", "triton"]
 
 LOG2_E = math.log2(math.e)
 _FEW_BLOCKS = 4096
@@ -38,7 +41,9 @@ class Settings:
     programs: int
 
 
-def settings_for(rows: int, head_dim: int, key_bits: float, value_bits: float, blocks: int) -> Settings:
+def settings_for(
+    rows: int, head_dim: int, key_bits: float, value_bits: float, blocks: int, kernel: Kernel
+) -> Settings:
     """Settings measured to be good.
 
     Args:
@@ -47,6 +52,7 @@ def settings_for(rows: int, head_dim: int, key_bits: float, value_bits: float, b
         key_bits: Bits a key code, on average over the coordinates.
         value_bits: Bits a value code, likewise.
         blocks: Blocks of 32 tokens of all heads and batch rows together.
+        kernel: "gluon" or "triton".
 
     Returns:
         Settings for an H100 or H200.
@@ -57,10 +63,11 @@ def settings_for(rows: int, head_dim: int, key_bits: float, value_bits: float, b
     short = blocks <= _FEW_BLOCKS
     if head_dim == 256:
         subs, registers = 1, {4: 168, 8: 224, 16: 255}[queries]
-        if queries == 4 and bits <= 2 and not short:
+        if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
             registers = 128
     elif queries == 4:
-        subs, registers = (2 if short or bits < 4 else 1), (160 if short and bits > 2 else 128)
+        subs = 2 if short or bits < 4 else 1
+        registers = 160 if kernel == "triton" or (short and bits > 2) else 128
     elif queries == 8:
         subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
     elif head_dim == 128 and (short or bits % 1):
@@ -87,6 +94,8 @@ def attend_codes(
     first: Tensor | None = None,
     softcap: float | None = None,
     raw: tuple[Tensor, Tensor] | None = None,
+    kernel: Kernel = "gluon",
+    assembly: bool = True,
     settings: Settings | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -108,6 +117,9 @@ def attend_codes(
         first: (B,) int64: padding tokens of each row.
         softcap: c of c tanh(s / c).
         raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place.
+        kernel: "gluon" (`sm90`) or "triton" (`portable`), which reads one run of each.
+        assembly: False in Triton's interpreter, which knows no PTX: "triton" then looks codes up by plain
+            operations.
         settings: How to cut the work.
         splits: Programs a head.
 
@@ -116,7 +128,9 @@ def attend_codes(
     """
     batch, heads, rows, dim = query.shape
     blocks = keys.words[0].shape[2]
-    how = settings or settings_for(rows, dim, keys.mean_bits, values.mean_bits, batch * heads * blocks)
+    how = settings or settings_for(
+        rows, dim, keys.mean_bits, values.mean_bits, batch * heads * blocks, kernel
+    )
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         groups = -(-rows // how.queries)
@@ -125,16 +139,31 @@ def attend_codes(
     partial = torch.empty(batch, heads, splits, rows, dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
-    key_runs, value_runs, tables = kernel_runs(keys, values)
-    attend_splits[(splits, batch * heads, -(-rows // how.queries))](
-        query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
-        table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, blocks, splits,
-        heads, rows, queries_per_head, skipped, length, moving, floor, softmax_scale * LOG2_E / keys.units[0],
-        keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], (softcap or 0.0) * LOG2_E,
-        KEYS=key_runs, VALUES=value_runs, QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
-        SOFTCAP=softcap is not None, DEPENDENTS=True, num_warps=how.warps, maxnreg=how.registers,
-        launch_pdl=True,
-    )  # fmt: skip
+    grid = (splits, batch * heads, -(-rows // how.queries))
+    sizes = (blocks, splits, heads, rows, queries_per_head, skipped, length, moving, floor)
+    score_scale, cap = softmax_scale * LOG2_E / keys.units[0], (softcap or 0.0) * LOG2_E
+    dependents = _dependent_launches(query.device)
+    if kernel == "gluon":
+        from turboquant_kernels.decode.sm90 import attend_splits
+
+        key_runs, value_runs, tables = kernel_runs(keys, values)
+        attend_splits[grid](
+            query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
+            table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, *sizes,
+            score_scale, keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], cap,
+            KEYS=key_runs, VALUES=value_runs, QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
+            SOFTCAP=softcap is not None, DEPENDENTS=dependents, num_warps=how.warps, maxnreg=how.registers,
+            launch_pdl=dependents,
+        )  # fmt: skip
+    else:
+        tables = tuple((side.levels[0], side.bits[0]) for side in (keys, values))
+        attend_splits_plainly[grid](
+            query, keys.words[0], values.words[0], keys.norms[0], values.norms[0],
+            table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, *sizes,
+            score_scale, cap, KEY_BITS=keys.bits[0], VALUE_BITS=values.bits[0], UNITS=dim // 32,
+            QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps, SOFTCAP=softcap is not None,
+            DEPENDENTS=dependents, ASM=assembly, num_warps=how.warps, maxnreg=how.registers,
+        )  # fmt: skip
     combine(partial, sums, out, 1 / values.units[0], raw)
     return out
 
@@ -146,17 +175,23 @@ def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
 def combine(
     partial: Tensor, sums: Tensor, out: Tensor, factor: float, raw: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """Launch `combine_splits` so that its start overlaps the end of what is launched before it.
+    """Launch `combine_splits`, where the GPU can so that its start overlaps the end of the launch before it.
 
     Each of these launches waits for the one before it to be over before it reads or writes anything, so what
     lies further back is over too.
     """
     batch, heads, splits, rows, dim = partial.shape
+    dependents = _dependent_launches(partial.device)
     programs = batch * heads * rows
     columns = 32 if programs <= 256 else min(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
         partial, sums, out, *(raw or (None, None)), splits, rows, factor, DIM=dim, COLUMNS=columns,
-        SPLITS=power, AT_ONCE=min(power, 128), DEPENDENTS=True, num_warps=4 if power > 8 else 1,
-        launch_pdl=True,
+        SPLITS=power, AT_ONCE=min(power, 128), DEPENDENTS=dependents, num_warps=4 if power > 8 else 1,
+        launch_pdl=dependents,
     )  # fmt: skip
+
+
+def _dependent_launches(device: torch.device) -> bool:
+    """Whether the GPU knows programmatic dependent launches: compute capability 9.0 and newer."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turboquant_kernels.registers import UNIT
 
-__all__ = ["MOST_RUNS", "Codes", "kernel_runs", "level_table", "table_tensor", "unpack_ptx"]
+__all__ = ["MOST_RUNS", "Codes", "kernel_runs", "level_table", "table_tensor", "unit_ptx", "unpack_ptx"]
 
 Runs = tuple[tuple[int, int, int, int], ...]
 Tables = tuple[tuple[tuple[int, ...], int], ...]
@@ -116,6 +116,23 @@ def unpack_ptx(bits: int, units: int, second: bool) -> tuple[str, str]:
         lines += {4: _four, 3: _three, 2: _two, 1: _one}[bits](word, quad, low, high)
     text = "{\n.reg .b32 m, n, s, q;\n" + "\n".join(lines) + "\n}"
     return text, ",".join(["=&r"] * outputs + ["r"] * (4 * loads + 4))
+
+
+@lru_cache(maxsize=4)
+def unit_ptx(bits: int) -> tuple[str, str]:
+    """PTX that turns a lane's words of one unit into int8 quads, and its operand constraints.
+
+    Args:
+        bits: Bits a code, 1..4.
+
+    Returns:
+        Text with 8 outputs; inputs the unit's words, then the table's two. And the constraints for all of
+        them.
+    """
+    quad, word = [f"${t}" for t in range(8)], [f"${8 + k}" for k in range(bits)]
+    lines = {4: _four, 3: _three, 2: _two, 1: _one}[bits](word, quad, f"${8 + bits}", f"${9 + bits}")
+    text = "{\n.reg .b32 m, n, s, q;\n" + "\n".join(lines) + "\n}"
+    return text, ",".join(["=&r"] * 8 + ["r"] * (bits + 2))
 
 
 def _word_operands(words: int) -> tuple[list[int], int]:

@@ -1,6 +1,7 @@
-"""How does a decoding step attend to a `PackedKV` on a Hopper GPU? Raw tokens and codes in one softmax.
+"""How does a decoding step attend to a `PackedKV` on a GPU? Raw tokens and codes in one softmax.
 
-    rotate queries -> raw tokens (`raw`) -> codes (`sm90`) -> all under one softmax (`combine`) -> rotate back
+    rotate queries -> raw tokens (`raw`) -> codes (`sm90` or `portable`) -> all under one softmax (`combine`)
+    -> rotate back
 
 Codes are read where they lie; lengths may be tensors on the device, so that a step can be captured in a
 graph.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,11 +22,15 @@ from turboquant_kernels.packed_kv import Reading, VectorCodec
 from turboquant_kernels.packed_kv.layout import in_register_order
 from turboquant_kernels.packed_kv.store import Half
 
-__all__ = ["DIMS", "MOST_QUERIES", "attend", "refusal", "sees_all_before"]
+if TYPE_CHECKING:
+    from turboquant_kernels.decode.launch import Kernel
+
+__all__ = ["DIMS", "MOST_QUERIES", "attend", "preferred", "refusal", "sees_all_before"]
 
 DIMS = (64, 128, 256)
 MOST_QUERIES = 8
-_RAW_ROWS, _RAW_TILE = 16, 64
+_RAW_ROWS = 16
+_RAW_TILE = 32 << 10  # bytes of raw keys at a time: what the smallest shared memory (99 KiB) takes
 _NO_WINDOW = 1 << 30
 _LOG2_E = 1.4426950408889634
 
@@ -45,25 +51,40 @@ class _Basis:
 _bases: WeakKeyDictionary[VectorCodec, _Basis] = WeakKeyDictionary()
 
 
-def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool) -> str | None:
-    """Why the kernel cannot do this step.
+def preferred(device: torch.device) -> Kernel:
+    """The kernel to take if none is asked for by name.
+
+    Args:
+        device: Where the query is.
+
+    Returns:
+        "gluon" on GPUs of compute capability 9.0, else "triton", whether or not that can run there.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return "gluon" if hopper else "triton"
+
+
+def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel: Kernel) -> str | None:
+    """Why a kernel cannot do this step.
 
     Args:
         query: (B, H, n, D).
         reading: What it reads.
         causal: Without a mask, whether later new tokens are hidden.
         masked: Whether there is a mask.
+        kernel: Which.
 
     Returns:
         A sentence that names what is supported; None if it can.
     """
     if torch.compiler.is_compiling():
         return "it runs outside of torch.compile (a decoding step can be captured in a CUDA graph)"
+    needed = "9.0" if kernel == "gluon" else "8.0 or newer"
     if query.device.type != "cuda":
-        return f"it runs on CUDA devices of compute capability 9.0, not on {query.device.type}"
+        return f"it runs on CUDA devices of compute capability {needed}, not on {query.device.type}"
     capability = torch.cuda.get_device_capability(query.device)
-    if capability != (9, 0):
-        return f"it is written for compute capability 9.0, not {capability[0]}.{capability[1]}"
+    if capability < (8, 0) or (kernel == "gluon" and capability != (9, 0)):
+        return f"it is written for compute capability {needed}, not {capability[0]}.{capability[1]}"
     if reading.queries > MOST_QUERIES:
         return f"it takes 1 to {MOST_QUERIES} new tokens, not {reading.queries}"
     if reading.queries > 1 and not (causal or masked):
@@ -73,11 +94,15 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool) -> str 
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
     for half in (reading.keys, reading.values):
-        if not _readable(half.codec):
+        if not _readable(half.codec, kernel):
+            parts = (
+                "in one part or split in two of widths that are multiples of 32, of 1, 2, 3 or 4 bits each"
+                if kernel == "gluon"
+                else "in one part of 1, 2, 3 or 4 bits"
+            )
             return (
-                f"{half.side}s must have 64, 128 or 256 channels, in one part or split in two of widths that "
-                "are multiples of 32, of 1, 2, 3 or 4 bits each, without a sketch of the residual, not "
-                f"(channels, bits) {half.codec.runs} with {half.codec.scales} norms"
+                f"{half.side}s must have 64, 128 or 256 channels, {parts}, without a sketch of the residual, "
+                f"not (channels, bits) {half.codec.runs} with {half.codec.scales} norms"
             )
     return None
 
@@ -87,6 +112,7 @@ def attend(
     reading: Reading,
     *,
     scale: float,
+    kernel: Kernel,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention of 1..8 new tokens, each seeing itself and every earlier token after the padding.
@@ -95,6 +121,7 @@ def attend(
         query: (B, H, n, D).
         reading: What `refusal` has no objection to.
         scale: Factor of the scores.
+        kernel: What reads the codes: "gluon" or "triton".
         softcap: c of c tanh(s / c), or None.
 
     Returns:
@@ -131,7 +158,8 @@ def attend(
         reading.keys.sinks, reading.values.sinks, first, known["before"], known["start"], *raw, heads, rows,
         count, reading.raw_keys.shape[2], fixed["before"], fixed["start"],
         reading.window if banded else _NO_WINDOW, reading.sinks, scale * _LOG2_E, (softcap or 0.0) * _LOG2_E,
-        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim, TILE=_RAW_TILE,
+        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim,
+        TILE=min(64, _RAW_TILE // (dim * query.element_size())),
         DEPENDENTS=query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0),
     )  # fmt: skip
     if not coded:
@@ -145,6 +173,7 @@ def attend(
         length=int(fixed["before"]) + 1 - reading.window if moving else 0,
         length_tensor=known["before"] if moving else None, moving=int(moving), floor=int(fixed["start"]),
         floor_tensor=known["start"], skipped=reading.sinks, first=first, softcap=softcap, raw=raw,
+        kernel=kernel,
     )  # fmt: skip
     with _FullPrecision():
         joined = _add_turned_back(raw[0], found, _basis(reading.values.codec))
@@ -172,13 +201,13 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     return torch.where(expected, mask == 0, hidden).all()
 
 
-def _readable(codec: object) -> bool:
-    """Whether the kernel reads such codes: one run, two with one norm, or two with a norm each."""
+def _readable(codec: object, kernel: Kernel) -> bool:
+    """Whether a kernel reads such codes: one run; of "gluon" also two with one norm, or with a norm each."""
     if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
         return False
     runs = [run for group in codec.groups for run in group.coded]
     return (
-        len(runs) <= MOST_RUNS
+        len(runs) <= (MOST_RUNS if kernel == "gluon" else 1)
         and all(group.sketch is None for group in codec.groups)
         and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
     )
