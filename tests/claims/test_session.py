@@ -220,6 +220,30 @@ def test_model(model, record):
 """
 
 
+def test_a_registered_model_that_is_here_settles_what_is_said_of_its_weights(
+    session: "Session", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = requirements.Machine((("a card", 10**12),), 0, Path("hub"), False, True, cached=True)
+    monkeypatch.setattr(requirements, "here", lambda model: machine)
+    monkeypatch.setattr(requirements, "cached", lambda model: Path("hub/snapshots") / model.revision)
+    session.write(MODEL_CHECK, *MODEL_CLAIMS)
+    assert session.run("--model", "qwen2.5-7b", "--weights", "8bit").ret == OK
+    lines = session.lines()
+    assert {name for name, line in lines.items() if line.execution == "ran"} == {
+        "toy-any qwen2.5-7b@8bit",
+        "toy-some Qwen2.5-7B@8bit",
+    }
+    line = lines["toy-some Qwen2.5-7B@8bit"]
+    assert line.note["loaded"] == "qwen2.5-7b@8bit"
+    assert line.provenance["model"] == {
+        "kind": "registered",
+        "name": "qwen2.5-7b",
+        "registered": "qwen2.5-7b",
+        "revision": find("qwen2.5-7b").revision,
+        "weights": "8bit",
+    }
+
+
 def test_claims_that_any_model_shows_run_on_the_shipped_one(session: "Session") -> None:
     session.write(MODEL_CHECK, *MODEL_CLAIMS)
     assert session.run().ret == OK
