@@ -1,4 +1,4 @@
-"""How fast do tokens become codes, and what does the same rotation cost alone on the same device?
+"""How fast do tokens become codes, and codes tokens or scores, on this device, and what does rotating cost?
 
     python -m turboquant_kernels.benchmarks.encode [--anyway] [--vectors N] [--out DIR]
 
@@ -26,12 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turboquant_kernels import hadamard
+from turboquant_kernels import dequantize, hadamard, scores, sketch
 from turboquant_kernels.benchmarks.decode import LEVELS
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
+from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Run, VectorCodec, fused
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
+from turboquant_kernels.scores import reference as products
 
 __all__ = ["SignedHadamard", "codec_of", "main"]
 
@@ -73,6 +75,13 @@ def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0) -> VectorCodec:
     return VectorCodec([GroupCodec(SignedHadamard(signs.float() / math.sqrt(dim)), runs)])
 
 
+def factors_of(dim: int, seed: int = 0) -> Tensor:
+    """The rotation of such a codec, on the device."""
+    rotation = codec_of(dim, (dim, 4), seed=seed).groups[0].rotation
+    assert isinstance(rotation, SignedHadamard)
+    return rotation.factors.to("cuda")
+
+
 @dataclass
 class Store:
     """Room for the codes of one half."""
@@ -95,6 +104,13 @@ def room(codec: VectorCodec, batch: int, heads: int, tokens: int, fill: int = -1
     ]
     norms = torch.full((batch, heads, blocks * BLOCK), float("nan"), dtype=torch.float16, device="cuda")
     return Store(words, norms)
+
+
+def random_store(dim: int, bits: int, heads: int, tokens: int) -> Store:
+    """Every bit pattern is a code, so random words are codes."""
+    blocks = -(-tokens // BLOCK)
+    words = torch.randint(-(2**31), 2**31, (1, heads, blocks, dim * bits), dtype=torch.int32, device="cuda")
+    return Store([words], torch.rand(1, heads, blocks * BLOCK, device="cuda").half())
 
 
 def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
@@ -129,10 +145,42 @@ def checks() -> dict[str, Callable[[], int]]:
         return wrong_bytes([*store.words, store.norms], [*expected.words, expected.norms])
 
     def rotating(dim: int, rows: int, inverse: bool, dtype: torch.dtype) -> int:
-        factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+        factors = factors_of(dim)
         x = torch.randn(rows, dim, device="cuda").to(dtype)
         found = hadamard.rotate(x, factors, inverse=inverse)
         return wrong_bytes([found], [reference.rotate(x.float(), factors, inverse=inverse)])
+
+    def decoding(dim: int, bits: int, side: Side, dtype: torch.dtype) -> int:
+        codec = codec_of(dim, (dim, bits)).to("cuda")
+        group = codec.groups[0]
+        store = random_store(dim, bits, 4, 4096)
+        store.norms[0, 1, 5] = math.inf
+        levels, factors = [group.coded[0].levels], factors_of(dim)
+        wrong = 0
+        for chosen in (None, factors):
+            found = dequantize.dequantize(
+                store.words, store.norms, levels, side=side, factors=chosen, dtype=dtype
+            )
+            expected = dense.dequantize(store.words, store.norms, levels, [bits], side, chosen, dtype)
+            wrong += wrong_bytes([found.nan_to_num(7.0)], [expected.nan_to_num(7.0)])
+        return wrong
+
+    def scoring(dim: int, bits: int, rows: int, lengths: bool) -> int:
+        store = random_store(dim, bits, 4, 5000)
+        store.norms[0, 1, 5] = math.inf
+        query = torch.randn(1, 4, rows, dim, device="cuda")
+        table = codec_of(dim, (dim, bits)).to("cuda").groups[0].coded[0].levels
+        if lengths:
+            table = torch.tensor([-1.0, 1.0], device="cuda")
+            found = sketch.inner_products(query, store.words[0], store.norms, store.norms)
+            second = store.norms.double()
+        else:
+            found, second = scores.scores(query, store.words[0], store.norms, table), None
+        expected = products.scores(query.double(), store.words[0], store.norms, None, table, 1.0).double()
+        expected = expected if second is None else expected * second[:, :, None]
+        known = ~expected.isnan()
+        off = (found.double() - expected)[known].norm() / expected[known].norm()
+        return int(not bool(off < 1e-5) or bool((found.isnan() == known).any()))
 
     found: dict[str, Callable[[], int]] = {}
     sides: tuple[Side, Side] = ("key", "value")
@@ -145,6 +193,15 @@ def checks() -> dict[str, Callable[[], int]]:
         for rows in (1, 33, 20000):
             found[f"rotate d {dim} rows {rows}"] = partial(rotating, dim, rows, False, torch.bfloat16)
             found[f"rotate back d {dim} rows {rows}"] = partial(rotating, dim, rows, True, torch.float32)
+        for bits in (4, 3, 2, 1):
+            for side in sides:
+                found[f"dequantize d {dim} bits {bits} {side}"] = partial(
+                    decoding, dim, bits, side, torch.bfloat16 if bits % 2 else torch.float32
+                )
+            if dim < 256:
+                found[f"scores d {dim} bits {bits}"] = partial(scoring, dim, bits, 3 * bits + 5, False)
+        if dim < 256:
+            found[f"sketch d {dim}"] = partial(scoring, dim, 1, 4, True)
     for side in sides:
         found[f"encode 32 x 4 + 96 x 3 bits {side}"] = partial(
             encoding, 128, ((32, 4), (96, 3)), side, torch.float16
@@ -187,7 +244,7 @@ def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
     tokens = vectors // heads
     sets = 1 + math.ceil(CACHE_BYTES / (2 * vectors * dim))
     inputs = [torch.randn(1, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
-    factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+    factors = factors_of(dim)
     rows = []
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
         timing = time_launches([partial(hadamard.rotate, x, factors, dtype=dtype) for x in inputs])
@@ -213,6 +270,46 @@ def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
     return rows, alone
 
 
+def time_reading(dim: int, vectors: int, rows: int = 4) -> list[Row]:
+    """Dequantising and scores of so many tokens, and products with as many dense keys."""
+    heads = 64
+    found = []
+    sides: tuple[Side, Side] = ("key", "value")
+    query = torch.randn(1, heads, rows, dim, device="cuda")
+    for bits in BITS:
+        group = codec_of(dim, (dim, bits)).to("cuda").groups[0]
+        levels, factors = group.coded[0].levels, factors_of(dim)
+        sets = 1 + math.ceil(CACHE_BYTES / (vectors * dim * bits / 8))
+        stores = [random_store(dim, bits, heads, vectors // heads) for _ in range(sets)]
+        dense_size = 2 * vectors * dim
+        for side in sides:
+            for chosen, basis in ((None, "rotated"), (factors, "original")):
+                run = partial(
+                    dequantize.dequantize, levels=[levels], side=side, factors=chosen, dtype=torch.bfloat16
+                )
+                timing = time_launches([partial(run, s.words, s.norms) for s in stores])
+                name = f"d {dim:3} dequantize {bits} bits, {side}s, {basis} basis"
+                found.append(Row(name, timing, stores[0].nbytes + dense_size))
+        timing = time_launches([partial(scores.scores, query, s.words[0], s.norms, levels) for s in stores])
+        found.append(
+            Row(
+                f"d {dim:3} scores of {rows} rows, {bits} bits", timing, stores[0].nbytes + 4 * rows * vectors
+            )
+        )
+    stores = [random_store(dim, 1, heads, vectors // heads) for _ in range(20)]
+    timing = time_launches(
+        [partial(sketch.inner_products, query, s.words[0], s.norms, s.norms) for s in stores]
+    )
+    size = stores[0].nbytes + stores[0].norms.nbytes + 4 * rows * vectors
+    found.append(Row(f"d {dim:3} sketch of {rows} rows", timing, size))
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
+        keys = [torch.randn(1, heads, vectors // heads, dim, device="cuda", dtype=dtype) for _ in range(2)]
+        timing = time_launches([partial(torch.matmul, query.to(dtype), k.mT) for k in keys])
+        size = keys[0].nbytes + dtype.itemsize * rows * vectors
+        found.append(Row(f"d {dim:3} scores of {rows} rows, dense {name}, torch", timing, size))
+    return found
+
+
 def time_torch(dim: int, vectors: int, bits: int) -> Row:
     """The reference's operations on the device, packing included."""
     codec = codec_of(dim, (dim, bits)).to("cuda")
@@ -222,8 +319,13 @@ def time_torch(dim: int, vectors: int, bits: int) -> Row:
     return Row(f"d {dim:3} encode {dim} x {bits} bits, keys, by torch", timing, size)
 
 
-def time_append(batch: int, window: int, dim: int = 128, bits: int = 4, heads: int = 8) -> Row:
-    """One decoding step's keys and values into a cache of fixed capacity, lengths on the device."""
+def time_append(batch: int, rotations: bool, window: int = 128, dim: int = 128, bits: int = 4) -> Row:
+    """One decoding step's keys and values into a cache of fixed capacity, lengths on the device.
+
+    With rotations, also its queries into the keys' basis, and outputs back from the values', of 4 query heads
+    a key head.
+    """
+    heads = 8
     tokens = 4096
     kv = PackedKV(
         codec_of(dim, (dim, bits), seed=1),
@@ -239,8 +341,16 @@ def time_append(batch: int, window: int, dim: int = 128, bits: int = 4, heads: i
         for half, token in zip((kv.keys, kv.values), new, strict=True)
     ]
 
+    query, out = (
+        torch.randn(batch, 4 * heads, dim, device="cuda").to(d) for d in (torch.bfloat16, torch.float32)
+    )
+    key_factors, value_factors = factors_of(dim, 1), factors_of(dim, 2)
+
     def step() -> None:
         fused.append(halves, kv.length, kv.encoded, 0)
+        if rotations:
+            hadamard.rotate(query, key_factors)
+            hadamard.rotate(out, value_factors, inverse=True, dtype=torch.bfloat16)
 
     size = sum(2 * x.nbytes for x in new) * 2
     return Row(
@@ -250,7 +360,7 @@ def time_append(batch: int, window: int, dim: int = 128, bits: int = 4, heads: i
 
 def time_rotation(rows: int, dim: int = 128) -> Row:
     """A decoding step's rotation of queries, or of outputs."""
-    factors = codec_of(dim, (dim, 4)).to("cuda").groups[0].rotation.factors  # type: ignore[attr-defined]
+    factors = factors_of(dim)
     x = torch.randn(rows, dim, dtype=torch.bfloat16, device="cuda")
     timing = time_launches([partial(hadamard.rotate, x, factors)], at_least=64)
     return Row(f"d {dim:3} rotation of {rows} rows", timing, 3 * x.nbytes)
@@ -291,8 +401,11 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             add(row, alone)
     add(time_torch(128, chosen.vectors, 4))
+    for row in time_reading(128, chosen.vectors):
+        add(row)
     for batch in (1, 64):
-        add(time_append(batch, 128))
+        for rotations in (False, True):
+            add(time_append(batch, rotations))
     for count in (8, 32, 512, 2048):
         add(time_rotation(count))
     if chosen.out:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["columns", "rotate_rows", "rotate_tile", "sum_of_squares"]
+__all__ = ["columns", "inverse_tile", "rotate_rows", "rotate_tile", "sum_of_squares"]
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def sum_of_squares(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _inverse_tile(
+def inverse_tile(
     z, factors_ptr, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
 ):
     """Undo `rotate_tile`: the rounds backwards, butterflies before factors."""
@@ -91,7 +91,7 @@ def rotate_rows(
     at = row * DIM + tl.arange(0, DIM)[None, :]
     x = columns(tl.load(x_ptr + first * DIM + at, mask=held, other=0.0), DIM, ROWS)
     if INVERSE:
-        x = _inverse_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
+        x = inverse_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
     else:
         x = rotate_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
     tl.store(out_ptr + first * DIM + at, tl.trans(x.to(out_ptr.dtype.element_ty)), mask=held)

@@ -1,0 +1,52 @@
+"""What computes the sketch's inner products? The kernel of `scores`, on the two levels -1 and 1."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from turboquant_kernels import scores
+from turboquant_kernels.packed_kv.layout import BLOCK
+from turboquant_kernels.scores.launch import scores_with_lengths
+from turboquant_kernels.sketch import reference
+
+__all__ = ["implementation", "inner_products"]
+
+
+def implementation(query: Tensor, words: Tensor) -> Literal["triton", "torch"]:
+    """What `inner_products` takes: see `scores.implementation`."""
+    return scores.implementation(query, words, _signs(words.device))
+
+
+def inner_products(query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:
+    """Estimates of the inner products of queries and residuals.
+
+    Args:
+        query: (B, G, R, d): scale * S q (the second term of `GroupCodec.project`).
+        words: (B, G, blocks, d) int32: packed signs of S u.
+        norms: (B, G, blocks * 32) float16: |x|.
+        lengths: (B, G, blocks * 32) float16: |u| / |x|.
+
+    Returns:
+        (B, G, R, blocks * 32) float32; NaN where a norm is infinite.
+
+    Raises:
+        ValueError: If shapes do not match.
+    """
+    if lengths.shape != norms.shape or words.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"a sketch of {query.shape[-1]} signs needs words (..., blocks, {query.shape[-1]}) and two "
+            f"numbers (..., blocks * {BLOCK}) a token, not {tuple(words.shape)}, {tuple(norms.shape)} and "
+            f"{tuple(lengths.shape)}"
+        )
+    if implementation(query, words) == "torch":
+        return reference.inner_products(query, words, norms, lengths)
+    return scores_with_lengths(query, words, norms, lengths, _signs(words.device), 1.0)
+
+
+@lru_cache(maxsize=8)
+def _signs(device: torch.device) -> Tensor:
+    return torch.tensor([-1.0, 1.0], device=device)
