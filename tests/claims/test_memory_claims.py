@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from turboquant.memory import cache_memory
+from turboquant_claims import random_models
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell, load
 from turboquant_claims.memory import test_allocated
@@ -32,7 +33,8 @@ def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(test_allocated, "DEVICE", "cpu")
     monkeypatch.setattr(test_allocated, "allocated", live_bytes)
     yield
-    test_allocated._BUILT.clear()
+    test_allocated._WEIGHTS.clear()
+    random_models.release()
     test_allocated.held.cache_clear()
     test_allocated.measured.cache_clear()
 
@@ -104,5 +106,6 @@ def test_gib_and_totals_are_those_of_the_model() -> None:
 
 def test_a_model_is_measured_once_and_leaves_for_the_next() -> None:
     first = test_allocated.built("needle")
-    assert test_allocated.built("needle") is first
+    again = test_allocated.built("needle")
+    assert (again[0] is first[0], again[1]) == (True, first[1])
     assert first[1] == pytest.approx(4 * 9_638_400, rel=0.01)

@@ -84,6 +84,36 @@ def test_only_the_arm_without_mask_has_none(model, monkeypatch, masked):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_arms_in_turn(model, monkeypatch):
+    """The i-th steps of all arms follow one another, each arm served as it is alone."""
+    order = []
+    timed = decode_step._timed
+
+    def watch(launch, device):
+        order.append(model.config._attn_implementation)
+        return timed(launch, device)
+
+    monkeypatch.setattr(decode_step, "_timed", watch)
+    arms = decode_step.arms_for(model)
+    ours, dense = decode_step.in_turn(model, 2, TOKENS, arms, steps=4)
+    assert order == ["turboquant", "sdpa"] * 4
+    assert len(ours.milliseconds) == len(dense.milliseconds) == 4
+    assert (ours.arm, ours.backend, dense.backend) == ("ours, eager", "torch", "torch's choice")
+    # 5 steps to warm up and 4 timed.
+    assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + 9) * 64 * 4
+    assert ours.cache_bytes < dense.cache_bytes
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_outputs_are_those_of_the_cache(model):
+    ours, dense = decode_step.arms_for(model)
+    same, other = (decode_step.outputs(model, 2, TOKENS, dense, seed=seed) for seed in (0, 1))
+    found = decode_step.outputs(model, 2, TOKENS, ours)
+    assert found.shape == (2, model.config.vocab_size)
+    assert 0 < (found - same).norm() < 0.5 * (other - same).norm()
+    assert torch.equal(same, decode_step.outputs(model, 2, TOKENS, dense))
+
+
 def test_an_arm_that_torch_refuses_is_told(model, monkeypatch):
     def fail(self, *_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34 GB.\nmore")

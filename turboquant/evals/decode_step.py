@@ -19,7 +19,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ from turboquant.attention import attach, detach
 from turboquant.cache import TurboQuantCache, cache_argument
 from turboquant.memory import kv_layers
 
-__all__ = ["ARMS", "Arm", "Step", "arms_for", "measure", "table"]
+__all__ = ["ARMS", "Arm", "Step", "arms_for", "in_turn", "measure", "outputs", "table"]
 
 _UNMASKED = "turboquant-benchmark-unmasked"
 _WARM = 5
@@ -181,14 +181,102 @@ def measure(
     chosen = arms_for(model) if arms is None else list(arms)
     if device.type != "cuda" and any(arm.captured for arm in chosen):
         raise ValueError(f"a step can be captured in a graph on CUDA only, not on {device.type}: arms_for()")
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = {arm.name: Step(batch, tokens, arm.name, named) for arm in chosen}
+    found = {arm.name: Step(batch, tokens, arm.name, _named(device)) for arm in chosen}
     for _ in range(rounds):
         for arm in chosen:
             if found[arm.name].failed is None:
                 found[arm.name] = _round(model, arm, found[arm.name], profile, steps, backend)
             _free(device)
     return list(found.values())
+
+
+@torch.no_grad()
+def in_turn(
+    model: PreTrainedModel,
+    batch: int,
+    tokens: int,
+    arms: Sequence[Arm],
+    *,
+    profile: str = "4",
+    steps: int = 24,
+    backend: str = "auto",
+) -> list[Step]:
+    """Time one decoding step of each arm in turn, all of them built at once: pairs of times for a ratio.
+
+    Args:
+        model: As `measure` takes it.
+        batch: Rows.
+        tokens: Tokens that the caches hold.
+        arms: Which; their caches must fit into memory together.
+        profile: Of our cache.
+        steps: Timed steps of each arm; the i-th ones of all arms follow one another.
+        backend: Of our attention.
+
+    Returns:
+        One `Step` an arm, in order; `peak_bytes` is of all of them together.
+
+    Raises:
+        RuntimeError: If torch refuses an arm, or memory runs out.
+    """
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    found, launches, caches = [], [], []
+    for arm in arms:
+        with _serving(model, arm, profile, backend):
+            cache = _cache(model, arm, profile, tokens + _WARM + steps + 1, backend)
+            _fill(cache, model, batch, tokens)
+            launches.append(_launch(model, cache, batch, tokens, arm.captured))
+            for _ in range(_WARM - 3):
+                launches[-1]()
+        caches.append(cache)
+        found.append(Step(batch, tokens, arm.name, _named(device)))
+    for _ in range(steps):
+        for arm, step, launch in zip(arms, found, launches, strict=True):
+            # A captured step has its attention in it; switching a model's would only take time.
+            with nullcontext() if arm.captured else _serving(model, arm, profile, backend):
+                step.milliseconds.append(_timed(launch, device))
+    done = [_noted(*pair, device) for pair in zip(found, arms, caches, strict=True)]
+    launches.clear()
+    caches.clear()
+    del cache
+    _free(device)
+    return done
+
+
+@torch.no_grad()
+def outputs(
+    model: PreTrainedModel,
+    batch: int,
+    tokens: int,
+    arm: Arm,
+    *,
+    profile: str = "4",
+    backend: str = "auto",
+    seed: int = 0,
+) -> Tensor:
+    """What the step that is timed computes: whether it is right can be told before its time counts.
+
+    Args:
+        model: As `measure` takes it.
+        batch: Rows.
+        tokens: Tokens that the cache holds.
+        arm: Whose step.
+        profile: Of our cache.
+        backend: Of our attention.
+        seed: Of the keys and values that fill the cache; the timed ones have seed 0.
+
+    Returns:
+        Logits (batch, vocabulary), float32, of the first step after the fill.
+    """
+    with _serving(model, arm, profile, backend):
+        cache = _cache(model, arm, profile, tokens + 2, backend)
+        _fill(cache, model, batch, tokens, seed)
+        ids = torch.full((batch, 1), 7, device=model.device)
+        logits = _forward(model, cache, ids, tokens)
+    del cache
+    _free(model.device)
+    return logits[:, -1].float()
 
 
 def table(found: Sequence[Step]) -> Table:
@@ -231,6 +319,25 @@ def table(found: Sequence[Step]) -> Table:
 def _round(model: PreTrainedModel, arm: Arm, before: Step, profile: str, steps: int, backend: str) -> Step:
     """Build an arm, time it, and leave nothing of it behind."""
     device = model.device
+    with _serving(model, arm, profile, backend):
+        try:
+            cache = _cache(model, arm, profile, before.tokens + _WARM + steps + 1, backend)
+            _fill(cache, model, before.batch, before.tokens)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            launch = _launch(model, cache, before.batch, before.tokens, arm.captured)
+            for _ in range(_WARM - 3):
+                launch()
+            times = [_timed(launch, device) for _ in range(steps)]
+        except RuntimeError as error:  # of which running out of memory is one
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            return replace(before, milliseconds=[], failed=told[0])
+        return _noted(replace(before, milliseconds=[*before.milliseconds, *times]), arm, cache, device)
+
+
+@contextmanager
+def _serving(model: PreTrainedModel, arm: Arm, profile: str, backend: str) -> Iterator[None]:
+    """The model as an arm needs it: attached, or without masks, or with one of torch's kernels."""
     with ExitStack() as stack:
         if arm.cache == "ours":
             attach(model, profile, backend=backend)
@@ -245,26 +352,23 @@ def _round(model: PreTrainedModel, arm: Arm, before: Step, profile: str, steps: 
             # Where the kernel cannot serve, torch warns at length before it raises; `failed` has the error.
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UserWarning)
-        try:
-            cache = _cache(model, arm, profile, before.tokens + _WARM + steps + 1, backend)
-            _fill(cache, model, before.batch, before.tokens)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            times = list(
-                _times(_launch(model, cache, before.batch, before.tokens, arm.captured), steps, device)
-            )
-        except RuntimeError as error:  # of which running out of memory is one
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            return replace(before, milliseconds=[], failed=told[0])
-        ours = isinstance(cache, TurboQuantCache)
-        return replace(
-            before,
-            milliseconds=[*before.milliseconds, *times],
-            cache_bytes=_nbytes(cache),
-            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            backend=cache.backend if ours else "torch's choice" if arm.kernel is None else arm.kernel.name,
-            reason=cache.backend_reason if ours else None,
-        )
+        yield
+
+
+def _noted(step: Step, arm: Arm, cache: Any, device: torch.device) -> Step:
+    """A step with what its cache holds and what attended."""
+    ours = isinstance(cache, TurboQuantCache)
+    return replace(
+        step,
+        cache_bytes=_nbytes(cache),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        backend=cache.backend if ours else "torch's choice" if arm.kernel is None else arm.kernel.name,
+        reason=cache.backend_reason if ours else None,
+    )
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -283,10 +387,10 @@ def _cache(model: nn.Module, arm: Arm, profile: str, room: int, backend: str) ->
     )
 
 
-def _fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int) -> None:
+def _fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int, seed: int = 0) -> None:
     """The same random keys and values in every layer that holds any."""
     weight = next(model.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
+    generator = torch.Generator(weight.device).manual_seed(seed)
     layer = kv_layers(model.config)[0]
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     recurrent = "linear_attention" in kinds
@@ -337,21 +441,18 @@ def _launch(
     return graph.replay
 
 
-def _times(launch: Callable[[], object], steps: int, device: torch.device) -> Iterator[float]:
-    """Milliseconds from a launch until the device is idle again."""
+def _timed(launch: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds from a launch on an idle device until it is idle again."""
+    _wait(device)
+    began = time.perf_counter()
+    launch()
+    _wait(device)
+    return (time.perf_counter() - began) * 1e3
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    for _ in range(_WARM - 3):
-        launch()
-    wait()
-    for _ in range(steps):
-        began = time.perf_counter()
-        launch()
-        wait()
-        yield (time.perf_counter() - began) * 1e3
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _nbytes(cache: Any) -> int:

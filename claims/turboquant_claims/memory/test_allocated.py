@@ -18,8 +18,7 @@ from turboquant.cache import IMPLEMENTATION, TurboQuantCache
 from turboquant.evals.guards import reachable_bytes
 from turboquant.memory import GIB, cache_memory, kv_layers
 from turboquant.models import find
-from turboquant.models.load import load_model
-from turboquant_claims import claim
+from turboquant_claims import claim, random_models
 from turboquant_claims.evidence import Record
 from turboquant_claims.ledger import Cell
 
@@ -27,8 +26,8 @@ FEW = 192
 """Tokens written into a cache: more than the window, so that channels are chosen and codes are there."""
 
 DEVICE = "cuda"
-_BUILT: dict[str, tuple[Any, int]] = {}
-"""The model built last, and its bytes."""
+_WEIGHTS: dict[str, int] = {}
+"""Bytes by which each model let the allocated bytes grow when it was built."""
 
 
 def compressed(config: Any, profile: str, tokens: int, device: str) -> TurboQuantCache:
@@ -102,10 +101,10 @@ def growth(make: Callable[[], Any]) -> tuple[Any, int]:
 
 def built(name: str) -> tuple[Any, int]:
     """A registered model with random weights on the device, and the bytes that it takes."""
-    if name not in _BUILT:
-        _BUILT.clear()  # two models may not fit
-        _BUILT[name] = growth(lambda: load_model(f"random:{name}", device=DEVICE)[0])
-    return _BUILT[name]
+    if name not in _WEIGHTS:
+        random_models.release()
+        _, _WEIGHTS[name] = growth(lambda: random_models.built(name, DEVICE))
+    return random_models.built(name, DEVICE), _WEIGHTS[name]
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from turboquant_claims.statements.printed import extreme, numbers
 
 
 @claim(
+    "back2matching-own-table",
     "turboquant-plus-same-budget",
     "turboquant-plus-values-free-own-table",
     "scos-lab-norm-ratio",
@@ -48,6 +49,12 @@ def test_bits_fewer(cell: Cell, record: Record) -> None:
 def test_end_of_range(cell: Cell, record: Record) -> None:
     """The smallest or largest figure of the column that the statement sums up."""
     record.figure(extreme(cell["printed"], cell["statistic"]))
+
+
+@claim("vllm-blog-caption")
+def test_reduction(cell: Cell, record: Record) -> None:
+    """Per cent by which a figure falls short of another."""
+    record.figure(100 * (1 - cell["after"] / cell["before"]))
 
 
 @claim("seed-methodology-example-context")

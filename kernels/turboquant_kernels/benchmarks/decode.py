@@ -315,6 +315,17 @@ def checks(quick: bool, kernel: Kernel) -> dict[str, Callable[[], float]]:
 
 def baselines(shape: Shape) -> dict[str, Timing | str]:
     """The same attention over bf16 keys and values."""
+    found: dict[str, Timing | str] = {}
+    for name, launches in baseline_launches(shape).items():
+        try:
+            found[name] = time_launches(launches)
+        except Exception as problem:
+            found[name] = str(problem).splitlines()[0][:90]
+    return found
+
+
+def baseline_launches(shape: Shape) -> dict[str, list[Callable[[], Tensor]]]:
+    """Each bf16 rival's calls, one a set of inputs."""
     size = 4 * shape.batch * shape.heads * shape.tokens * shape.dim
     sets = max(1, math.ceil(CACHE_BYTES / size))
     lead = (shape.batch, shape.heads, shape.tokens, shape.dim)
@@ -325,31 +336,19 @@ def baselines(shape: Shape) -> dict[str, Timing | str]:
         shape.batch, shape.heads * shape.rows, 1, shape.dim, dtype=torch.bfloat16, device="cuda"
     )
     grouped = query.view(shape.batch, shape.heads, shape.rows, shape.dim)
-    found: dict[str, Timing | str] = {}
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        try:
-            with sdpa_kernel(backend):
-                found[name] = time_launches(
-                    [
-                        partial(
-                            torch.nn.functional.scaled_dot_product_attention, query, k, v, enable_gqa=True
-                        )
-                        for k, v in data
-                    ]
-                )
-        except Exception as problem:
-            found[name] = str(problem).splitlines()[0][:90]
+
+    def served(backend: SDPBackend, keys: Tensor, values: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    found: dict[str, list[Callable[[], Tensor]]] = {
+        name: [partial(served, backend, k, v) for k, v in data]
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+    }
     for tile, stages, programs in ((64, 3, 2), (64, 2, 4), (128, 2, 2), (32, 4, 4)):
-        name = f"split {tile}/{stages}/{programs}"
-        try:
-            found[name] = time_launches(
-                [
-                    partial(attend_bf16, grouped, k, v, tile=tile, stages=stages, programs=programs)
-                    for k, v in data
-                ]
-            )
-        except Exception as problem:
-            found[name] = str(problem).splitlines()[0][:90]
+        found[f"split {tile}/{stages}/{programs}"] = [
+            partial(attend_bf16, grouped, k, v, tile=tile, stages=stages, programs=programs) for k, v in data
+        ]
     return found
 
 

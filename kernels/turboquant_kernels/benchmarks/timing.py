@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "copy_bandwidth", "time_launches"]
+__all__ = ["Timing", "copy_bandwidth", "time_in_turn", "time_launches"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,34 @@ def time_launches(
     Returns:
         The time of one call.
     """
+    replay = _captured(launches, at_least)
+    times = sorted(replay() for _ in range(replays))
+    return Timing(*(times[round(share * (replays - 1))] for share in (0.2, 0.5, 0.8)))
+
+
+def time_in_turn(
+    arms: Mapping[str, Sequence[Callable[[], object]]], *, at_least: int = 8, replays: int = 24
+) -> dict[str, list[float]]:
+    """Time several arms beside one another: each is replayed once in every round.
+
+    Args:
+        arms: By name, the launches of one arm, as `time_launches` takes them.
+        at_least: Calls a graph holds, at least.
+        replays: Rounds.
+
+    Returns:
+        Microseconds a call of each arm, one figure a round.
+    """
+    graphs = {name: _captured(launches, at_least) for name, launches in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(replays):
+        for name, replay in graphs.items():
+            times[name].append(replay())
+    return times
+
+
+def _captured(launches: Sequence[Callable[[], object]], at_least: int) -> Callable[[], float]:
+    """A graph of launches, warmed up; each call replays it and returns the microseconds of one launch."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for launch in launches:
@@ -46,8 +74,8 @@ def time_launches(
                 launch()
     graph.replay()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
+
+    def replay() -> float:
         start, end = (
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
@@ -56,9 +84,9 @@ def time_launches(
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (rounds * len(launches)))
-    times.sort()
-    return Timing(*(times[round(share * (replays - 1))] for share in (0.2, 0.5, 0.8)))
+        return float(start.elapsed_time(end)) * 1000 / (rounds * len(launches))
+
+    return replay
 
 
 def copy_bandwidth() -> float:

@@ -1,0 +1,372 @@
+"""Can the claims about speed fail? Slower arms, wrong outputs and clocks that do not wait are seen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from turboquant.evals import attention_speed, decode_step
+from turboquant_claims import random_models
+from turboquant_claims.evidence import Record
+from turboquant_claims.ledger import Cell, load
+from turboquant_claims.speed import test_kernels, test_quantizing, test_steps
+from turboquant_claims.verdicts import judge
+
+LEDGER = load()
+CHECKED = {
+    "readme-attention-speed", "readme-step-speed", "readme-step-unmasked", "readme-step-memory",
+    "google-blog-faster-runtime", "back2matching-2x-at-long-context", "vllm-blog-throughput-of-codes",
+    "google-blog-8x-logits", "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
+    "seed-taleef7-throughput-of-codes",
+    "paper-v1-quantization-time-measured", "paper-v1-indexing-time-gpu", "rabitq-note-quantization-time",
+}  # fmt: skip
+
+
+def verdict(check: Callable[[Cell, Record], None], claim_id: str, number: int = 0, **at: Any) -> str:
+    """Of a cell of the ledger, with some parameters changed."""
+    claim = LEDGER.claims[claim_id]
+    spec = claim.cells[number].model_copy(update={"at": {**claim.cells[number].at, **at}})
+    record = Record()
+    check(Cell(claim, spec), record)
+    return judge(claim, spec, record.evidence).verdict
+
+
+@pytest.mark.parametrize("claim_id", sorted(CHECKED))
+def test_each_needs_a_gpu(claim_id: str) -> None:
+    assert LEDGER.claims[claim_id].needs == ("gpu",)
+
+
+# One layer's attention
+
+
+@dataclass
+class Codes:
+    nbytes: int
+
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        return query
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    heads: int
+    rows: int
+    tokens: int
+    dim: int = 128
+
+
+class Bench(SimpleNamespace):
+    """The kernels' benchmark on a device that reads 4 TB/s: times are made up, launches are not."""
+
+    CACHE_BYTES = 3e8
+    TOLERANCE = 1e-3
+    Shape = Shape
+
+    def __init__(self, times: dict[str, float], error: float = 1e-4, rivals: int = 2) -> None:
+        super().__init__(times=times, off=error, rivals=rivals)
+
+    def random_packed(self, shape: Any, keys: str, values: str, kernel: str) -> Codes:
+        return Codes(shape.batch * shape.heads * shape.tokens * (16 * int(keys) + 16 * int(values) + 4))
+
+    def error(self, packed: Codes, query: torch.Tensor) -> float:
+        return self.off
+
+    def baseline_launches(self, shape: Any) -> dict[str, list[Callable[[], torch.Tensor]]]:
+        x = torch.randn(64)
+        return {f"rival {i}": [partial(torch.mul, x, 1 + 1e-3 * i)] for i in range(self.rivals)}
+
+    def time_launches(self, launches: Any) -> Any:
+        return SimpleNamespace(p50=float(launches[0].args[1]))
+
+    def in_turn(self, arms: Any, replays: int) -> dict[str, list[float]]:
+        return {arm: [self.times[arm] * (1 + 1e-3 * math.sin(i)) for i in range(replays)] for arm in arms}
+
+
+README_TIMES = {"rival": 1048.0, "4": 330.0, "3": 258.0, "2": 206.0}
+"""Microseconds at 8 rows of 32K tokens."""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    monkeypatch.setattr(attention_speed, "_DEVICE", "cpu")
+    monkeypatch.setattr(attention_speed, "bandwidth", lambda: 4.2e12)
+    monkeypatch.setattr(test_kernels, "compiled", lambda: None)
+
+    def put(*given: Any, **kept: Any) -> None:
+        test_kernels.attention.cache_clear()
+        made = Bench(*given, **kept)
+        monkeypatch.setattr(attention_speed, "_bench", lambda: made)
+        monkeypatch.setattr(attention_speed, "_in_turn", made.in_turn)
+        monkeypatch.setattr(attention_speed, "kernel", lambda: "gluon")
+
+    yield put
+    test_kernels.attention.cache_clear()
+
+
+def kernels(number: int = 0) -> str:
+    return verdict(test_kernels.test_times_faster_than_bf16, "readme-attention-speed", number)
+
+
+def test_kernels_of_the_stated_speed_are_supported(bench: Any) -> None:
+    bench(README_TIMES)
+    assert [kernels(number) for number in range(3)] == ["supported"] * 3
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_slower_kernel_is_refuted(bench: Any, number: int) -> None:
+    bench({arm: time * (1 if arm == "rival" else 1.25) for arm, time in README_TIMES.items()})
+    assert kernels(number) == "refuted"
+
+
+@pytest.mark.parametrize("error", [2e-3, math.nan])
+def test_wrong_outputs_are_not_timed(bench: Any, error: float) -> None:
+    bench(README_TIMES, error=error)
+    with pytest.raises(RuntimeError, match="at most 1e-03 is allowed: nothing is timed"):
+        kernels()
+
+
+@pytest.mark.parametrize("arm", README_TIMES)
+def test_a_clock_that_does_not_wait_for_kernels_is_refused(bench: Any, arm: str) -> None:
+    bench({**README_TIMES, arm: 12.0})
+    with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
+        kernels()
+
+
+def test_a_rival_that_none_confirms_is_no_baseline(bench: Any) -> None:
+    bench(README_TIMES, rivals=1)
+    with pytest.raises(RuntimeError, match="no bf16 attention to compare with"):
+        kernels()
+
+
+def test_the_strongest_rival_is_taken(bench: Any) -> None:
+    bench(README_TIMES, rivals=3)
+    shape = test_kernels.shape_of(
+        Cell(LEDGER.claims["readme-attention-speed"], LEDGER.claims["readme-attention-speed"].cells[0])
+    )
+    assert attention_speed.attention(shape, (4,)).rival == "rival 0"
+
+
+@pytest.mark.parametrize(("time", "expected"), [(380.0, "refuted"), (3580.0, "supported")])
+def test_a_kernel_as_slow_as_reported_is_seen(bench: Any, time: float, expected: str) -> None:
+    at = {"batch": 2, "tokens": 1024}
+    bench({"rival": 511.0, "4": time})
+    check = test_kernels.test_times_slower_than_fp8
+    assert verdict(check, "vllm-nixl-7x-slower", **at) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "attention", "by", "expected"),
+    [
+        (30.0, 42.0, "scores", "supported"),
+        (90.0, 42.0, "attention", "supported"),
+        (90.0, 70.0, "attention", "refuted"),
+    ],
+)
+def test_logits(
+    monkeypatch: pytest.MonkeyPatch, scores: float, attention: float, by: str, expected: str
+) -> None:
+    """The faster of two kernels counts, as attention computes the logits too."""
+    times = {"rival": 390.0, "scores": scores, "attention": attention}
+    turns = Bench(times).in_turn(times, 24)
+    found = attention_speed.Turns(turns, "fp32, keys x queries", {"scores": 1e-6})
+    monkeypatch.setattr(attention_speed, "logits", lambda *_: found)
+    assert verdict(test_kernels.test_times_faster_logits, "google-blog-8x-logits") == expected
+    claim = LEDGER.claims["google-blog-8x-logits"]
+    record = Record()
+    test_kernels.test_times_faster_logits(Cell(claim, claim.cells[0]), record)
+    assert record.notes["by"] == by
+
+
+# A model's step
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(test_steps, "DEVICE", "cpu")
+    monkeypatch.setattr(test_steps, "FEW", 300)
+    yield
+    random_models.release()
+    for cached in (test_steps.pair, test_steps.output_error):
+        cached.cache_clear()
+
+
+SMALL = {"model": "needle", "batch": 1, "tokens": 600}
+
+
+def paced(factor: float) -> Callable[..., float]:
+    """A clock by which ours takes `factor` ms and the rival 2: first tried three times, then in turn."""
+    turns = itertools.count()
+
+    def timed(launch: Callable[[], object], device: torch.device) -> float:
+        launch()
+        i = next(turns)
+        return (factor if i % 2 else 2.0) * (1 + 1e-3 * math.sin(i))
+
+    return timed
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_step_on_a_cpu_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "_timed", paced(1.0))
+    check = test_steps.test_times_as_fast
+    assert verdict(check, "readme-step-speed", **SMALL) == "supported"
+    assert verdict(check, "vllm-blog-throughput-of-codes", **SMALL) == "refuted"
+    assert verdict(test_steps.test_latency, "vllm-blog-latency-of-codes", **SMALL) == "refuted"
+    assert verdict(test_steps.test_cache_bytes, "readme-step-memory", **SMALL) == "refuted"  # needle, 32 bits
+    found = test_steps.pair("needle", 1, 600)
+    assert (found.ours.arm, found.rival.arm) == ("ours, eager", "DynamicCache, eager")
+    assert len(found.ours.milliseconds) == len(found.rival.milliseconds) == test_steps.STEPS
+    assert 0 < found.error < 0.7
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize(
+    ("claim_id", "factor"),
+    [
+        ("readme-step-speed", 2.2),
+        ("google-blog-faster-runtime", 2.2),
+        ("back2matching-2x-at-long-context", 1.2),
+    ],
+)
+def test_a_slower_step_is_refuted(claim_id: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "_timed", paced(factor))
+    assert verdict(test_steps.test_times_as_fast, claim_id, **SMALL) == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("captured", "eager", "expected"),
+    [(29.0, 27.0, "ce"), (29.0, 61.0, "c"), (178.0, 72.0, "e"), (None, 50.0, "e"), (29.0, 40.0, "ce")],
+)
+def test_rivals_that_come_near_are_timed_too(captured: float | None, eager: float, expected: str) -> None:
+    arms = {name: decode_step.Arm(name, "static", name != "e") for name in ("c", "slow c", "e")}
+    tried = {"e": eager} | ({} if captured is None else {"c": captured, "slow c": captured + 1})
+    found = test_steps.candidates(list(arms.values()), tried)
+    assert "".join(arm.name for arm in found) == expected
+
+
+@pytest.mark.usefixtures("steps")
+def test_steps_of_another_computation_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decode_step.outputs
+
+    def unread(model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0) -> torch.Tensor:
+        return right(model, batch, tokens, arm, seed=5 if arm.cache == "ours" else seed)
+
+    monkeypatch.setattr(decode_step, "outputs", unread)
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        test_steps.pair("needle", 1, 600)
+
+    def same(model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0) -> torch.Tensor:
+        return right(model, batch, tokens, decode_step.Arm("dense", "dynamic", False), seed=seed)
+
+    monkeypatch.setattr(decode_step, "outputs", same)
+    with pytest.raises(RuntimeError, match="outputs over codes are 0 from"):
+        test_steps.pair("needle", 1, 600)
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_cache_that_is_not_compressed_is_not_timed() -> None:
+    with pytest.raises(RuntimeError, match="nothing is compressed"):
+        test_steps.pair("needle", 1, 100)  # all of it in the window
+
+
+def test_a_step_shorter_than_reading_the_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_steps, "DEVICE", "cuda")
+    monkeypatch.setattr(attention_speed, "bandwidth", lambda: 4.2e12)
+    model = torch.nn.Linear(1 << 15, 1 << 11, bias=False)  # 268 MB: half takes 26 us at least
+    ours = decode_step.Step(1, 8, "ours, captured", "gpu", [0.06] * 24, 10**6, None, "gluon")
+    rival = decode_step.Step(1, 8, "StaticCache, captured", "gpu", [0.08] * 24, 4 * 10**6, None, "x")
+    test_steps._check(model, ours, rival)
+    early = decode_step.Step(1, 8, "ours, captured", "gpu", [0.06] * 23 + [0.01], 10**6, None, "gluon")
+    with pytest.raises(RuntimeError, match="a step of ours, captured took 10 us"):
+        test_steps._check(model, early, rival)
+
+
+# Quantizing
+
+
+class Device:
+    """A clock of a device on which work takes its operations over a rate, if one waits for it."""
+
+    def __init__(self, whole: float, rotation: float, waits: bool = True) -> None:
+        self.now, self.due, self.waits = 0.0, 0.0, waits
+        self.seconds = itertools.cycle((whole, rotation))
+
+    def wait(self) -> None:
+        if self.waits:
+            self.now = max(self.now, self.due)
+
+    def seconds_of(self, work: Callable[[], object]) -> float:
+        self.wait()
+        began = self.now
+        work()
+        self.due = self.now + next(self.seconds) * (1 + 1e-3 * math.sin(1e6 * self.now))
+        self.now += 2e-6  # a launch
+        self.wait()
+        return self.now - began
+
+
+VECTORS = {"vectors": 4096, "dim": 64}
+
+
+def quantizing(monkeypatch: pytest.MonkeyPatch, device: Device, claim_id: str, number: int) -> str:
+    monkeypatch.setattr(test_quantizing, "DEVICE", "cpu")
+    monkeypatch.setattr(test_quantizing, "seconds_of", device.seconds_of)
+    test_quantizing.quantizing.cache_clear()
+    check = (
+        test_quantizing.test_share_of_the_printed_time
+        if "indexing" in claim_id
+        else test_quantizing.test_seconds
+    )
+    try:
+        return verdict(check, claim_id, number, **VECTORS)
+    finally:
+        test_quantizing.quantizing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("whole", "rotation", "expected"),
+    [
+        (0.030, 0.0027, "refuted"),  # the rotation alone takes longer
+        (0.030, 0.0009, "underspecified"),  # within this device's reach
+        (0.0005, 0.0002, "supported"),  # even on a device 3.2 times slower
+    ],
+)
+def test_printed_seconds(
+    monkeypatch: pytest.MonkeyPatch, whole: float, rotation: float, expected: str
+) -> None:
+    device = Device(whole, rotation)
+    assert quantizing(monkeypatch, device, "paper-v1-quantization-time-measured", 2) == expected
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(0.030, "refuted"), (0.150, "underspecified")])
+def test_seconds_of_the_note(monkeypatch: pytest.MonkeyPatch, whole: float, expected: str) -> None:
+    assert quantizing(monkeypatch, Device(whole, 0.0027), "rabitq-note-quantization-time", 2) == expected
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(0.030, "supported"), (3.0, "refuted")])
+def test_virtually_zero(monkeypatch: pytest.MonkeyPatch, whole: float, expected: str) -> None:
+    assert quantizing(monkeypatch, Device(whole, 0.0027), "paper-v1-indexing-time-gpu", 2) == expected
+
+
+def test_a_clock_that_does_not_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two microseconds for 34 GFLOP."""
+    at = {"vectors": 1 << 12, "dim": 1 << 10}
+    monkeypatch.setattr("test_speed_claims.VECTORS", at)
+    with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
+        quantizing(monkeypatch, Device(0.03, 0.0027, waits=False), "paper-v1-quantization-time-measured", 2)
+
+
+def test_vectors_that_come_back_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = test_quantizing.MseQuantizer.decode
+    monkeypatch.setattr(test_quantizing.MseQuantizer, "decode", lambda self, codes: 0.9 * right(self, codes))
+    with pytest.raises(RuntimeError, match="come back with distortion"):
+        quantizing(monkeypatch, Device(0.03, 0.0027), "paper-v1-quantization-time-measured", 2)

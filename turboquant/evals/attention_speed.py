@@ -1,0 +1,301 @@
+"""How long does one layer's attention over codes take, beside the best bf16 attention and beside FP8's bytes?
+
+One decoding step of the kernels' benchmark, in pairs of times: arms are replayed in turn. Nothing is timed
+while outputs are wrong, and times that no device could reach are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "REPLAYS",
+    "Turns",
+    "attention",
+    "bandwidth",
+    "compile_all",
+    "fp8_traffic",
+    "kernel",
+    "logits",
+    "refuse_impossible",
+]
+
+REPLAYS = 24
+RIVAL_TOLERANCE = 2e-2
+"""Of bf16 outputs among one another, relative: bf16 operands cost up to 1e-2."""
+FASTEST = 1.25
+"""How many times a copy's rate a kernel may reach at most: one that only reads gains some 10 % on it."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Times of several arms, replayed in turn.
+
+    Attributes:
+        microseconds: Of each arm, one figure a round; the rival's under "rival".
+        rival: What the rival is.
+        errors: Largest error of each arm's outputs, divided by sum p |v|, against float64.
+    """
+
+    microseconds: Mapping[str, Sequence[float]]
+    rival: str
+    errors: Mapping[str, float]
+
+
+def kernel() -> str:
+    """The kernel that attends to codes on this device: "gluon" on Hopper, elsewhere "triton"."""
+    return "gluon" if torch.cuda.get_device_capability() == (9, 0) else "triton"
+
+
+def refuse_impossible(what: str, microseconds: Sequence[float], nbytes: float) -> None:
+    """Refuse times in which the device cannot have moved the bytes.
+
+    Args:
+        what: Was timed.
+        microseconds: Its times.
+        nbytes: What must be moved.
+
+    Raises:
+        RuntimeError: If one is too short.
+    """
+    rate, limit = nbytes / (min(microseconds) * 1e-6), FASTEST * bandwidth()
+    if rate > limit:
+        raise RuntimeError(
+            f"{what} took {min(microseconds):.3g} us for {nbytes:.3g} bytes, {rate / 1e9:.0f} GB/s, where "
+            f"the device copies at {limit / FASTEST / 1e9:.0f}: the clock was read before the device was "
+            "done, or the work was not"
+        )
+
+
+@lru_cache
+def bandwidth() -> float:
+    """Bytes read and written per second by a large copy, measured once a process."""
+    from turboquant_kernels.benchmarks.timing import copy_bandwidth
+
+    return copy_bandwidth()
+
+
+def compile_all(shapes: Sequence[tuple[int, int, int, int]], bits: Sequence[int]) -> None:
+    """Compile the kernels of shapes in processes of their own, which takes a few seconds each.
+
+    Args:
+        shapes: As `attention` takes them.
+        bits: Of the codes.
+
+    Raises:
+        RuntimeError: If one does not compile.
+    """
+    bench = _bench()
+    jobs = {
+        _job(bench, bench.Shape(*shape), str(number)): None for shape in shapes for number in bits
+    }  # a set's order would change from run to run
+    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        build = partial(bench.build, capability=torch.cuda.get_device_capability())
+        problems = [problem for problem in pool.map(build, jobs) if problem]
+    if problems:
+        raise RuntimeError(f"{len(problems)} of {len(jobs)} kernels do not compile: {problems[0][:300]}")
+
+
+def attention(shape: tuple[int, int, int, int], bits: Sequence[int], *, replays: int = REPLAYS) -> Turns:
+    """Time attention over codes of several widths and the fastest bf16 attention, in turn.
+
+    Args:
+        shape: Batch, key and value heads, query rows a head, tokens; head_dim is 128.
+        bits: Of keys and values alike.
+        replays: Rounds.
+
+    Returns:
+        The times, each arm under its bits ("4"), beside those of the rival.
+
+    Raises:
+        RuntimeError: If outputs are wrong, or a time cannot be.
+    """
+    bench = _bench()
+    size = bench.Shape(*shape)
+    codes = {str(number): _launches(bench, size, number) for number in bits}
+    errors = {arm: error for arm, (_, _, error) in codes.items()}
+    name, rival = _strongest(bench, size)
+    arms = {"rival": rival} | {arm: launches for arm, (launches, _, _) in codes.items()}
+    times = _in_turn(arms, replays)
+    refuse_impossible(name, times["rival"], 4 * size.batch * size.heads * size.tokens * size.dim)
+    for arm, (_, nbytes, _) in codes.items():
+        refuse_impossible(f"attention over {arm}-bit codes", times[arm], nbytes)
+    return Turns(times, name, errors)
+
+
+def fp8_traffic(shape: tuple[int, int, int, int], bits: int, *, replays: int = REPLAYS) -> Turns:
+    """Time attention over codes, and a copy of as many bytes as keys and values of 8 bits have, in turn.
+
+    No attention over an FP8 cache is much faster than that copy.
+
+    Args:
+        shape: As `attention` takes it.
+        bits: Of keys and values.
+        replays: Rounds.
+
+    Returns:
+        The times, of the codes under their bits, of the copy under "rival".
+
+    Raises:
+        RuntimeError: If outputs are wrong, or a time cannot be.
+    """
+    bench = _bench()
+    size = bench.Shape(*shape)
+    launches, nbytes, error = _launches(bench, size, bits)
+    moved = 2 * size.batch * size.heads * size.tokens * size.dim
+    source = torch.randn(moved // 8, device=_DEVICE)  # half is read and half written, 4 bytes a number
+    target = torch.empty_like(source)
+    copy = partial(torch.neg, source, out=target)
+    arms: dict[str, Sequence[Callable[[], object]]] = {"rival": [copy], str(bits): launches}
+    times = _in_turn(arms, replays)
+    refuse_impossible("the copy", times["rival"], moved)
+    refuse_impossible(f"attention over {bits}-bit codes", times[str(bits)], nbytes)
+    return Turns(times, "a copy of as many bytes as FP8 keys and values", {str(bits): error})
+
+
+def logits(shape: tuple[int, int, int, int], bits: int, keys: str, *, replays: int = REPLAYS) -> Turns:
+    """Time scores of queries with packed keys, and the same product with plain keys, in turn.
+
+    Rotating the queries, which costs the same at any number of tokens, is not counted.
+
+    Args:
+        shape: As `attention` takes it.
+        bits: Of the codes.
+        keys: Plain keys and how they are multiplied: "fp32", "tf32" (32-bit keys on tensor cores) or "bf16".
+        replays: Rounds.
+
+    Returns:
+        The times, of the codes under their bits.
+
+    Raises:
+        RuntimeError: If scores are wrong, or a time cannot be.
+    """
+    from turboquant_kernels.scores import scores
+
+    bench = _bench()
+    size = bench.Shape(*shape)
+    sets = _sets(bench, size, bits)
+    query = torch.randn(size.batch, size.heads, size.rows, size.dim, device=_DEVICE)
+    side = sets[0].keys
+    positive = torch.tensor(side.levels[0], dtype=torch.float64) + 0.5
+    levels = (torch.cat([-positive.flip(0), positive]) / side.units[0]).float().to(_DEVICE)
+    found = scores(query, side.words[0], side.norms[0], levels).double()
+    truth = query.double() @ sets[0].dense()[0].mT
+    error = float((found - truth).norm() / truth.norm())
+    if not error <= bench.TOLERANCE:
+        raise RuntimeError(f"scores with {bits}-bit keys are wrong by {error:.2e}: nothing is timed")
+    packed: list[Callable[[], object]] = [
+        partial(scores, query, each.keys.words[0], each.keys.norms[0], levels) for each in sets
+    ]
+    name, rival = _fastest_product(bench, size, query, keys)
+    whole, nbytes, _ = _launches(bench, size, bits)
+    times = _in_turn({"rival": rival, "scores": packed, "attention": whole}, replays)
+    width = 2 if keys == "bf16" else 4
+    refuse_impossible(name, times["rival"], width * size.batch * size.heads * size.tokens * size.dim)
+    refuse_impossible(f"scores with {bits}-bit keys", times["scores"], side.nbytes)
+    refuse_impossible(f"attention over {bits}-bit codes", times["attention"], nbytes)
+    return Turns(times, name, {"scores": error})
+
+
+_DEVICE = "cuda"
+
+
+def _fastest_product(
+    bench: Any, shape: Any, query: Tensor, keys: str
+) -> tuple[str, list[Callable[[], object]]]:
+    """Queries times keys by torch, in the order of the operands that is faster here."""
+    dtype = torch.bfloat16 if keys == "bf16" else torch.float32
+    lead = (shape.batch, shape.heads, shape.tokens, shape.dim)
+    size = dtype.itemsize * math.prod(lead)
+    data = [
+        torch.randn(lead, device=_DEVICE, dtype=dtype)
+        for _ in range(max(1, math.ceil(bench.CACHE_BYTES / size)))
+    ]
+    row = query.to(dtype)
+    column = row.mT.contiguous()
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = keys == "tf32"
+        try:
+            return left @ right
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    found: dict[str, list[Callable[[], object]]] = {
+        f"{keys}, queries x keys": [partial(product, row, each.mT) for each in data],
+        f"{keys}, keys x queries": [partial(product, each, column) for each in data],
+    }
+    best = min(found, key=lambda name: bench.time_launches(found[name]).p50)
+    return best, found[best]
+
+
+def _bench() -> Any:
+    """The kernels' benchmark, which needs triton, so it is not imported with the claims."""
+    from turboquant_kernels.benchmarks import decode
+
+    return decode
+
+
+def _in_turn(arms: Mapping[str, Sequence[Callable[[], object]]], replays: int) -> dict[str, list[float]]:
+    from turboquant_kernels.benchmarks.timing import time_in_turn
+
+    return time_in_turn(arms, replays=replays)
+
+
+def _job(bench: Any, shape: Any, form: str) -> Any:
+    return kernel(), form, form, shape.dim, bench.chosen_settings(shape, form, form, kernel()), False
+
+
+def _launches(bench: Any, shape: Any, bits: int) -> tuple[list[Callable[[], Tensor]], int, float]:
+    """Attention over enough sets of codes to exceed the device's cache, the bytes of one, and its error."""
+    sets = _sets(bench, shape, bits)
+    first = sets[0]
+    query = torch.randn(shape.batch, shape.heads, shape.rows, shape.dim, device=_DEVICE)
+    error = bench.error(first, query)
+    if not error <= bench.TOLERANCE:
+        raise RuntimeError(
+            f"outputs over {bits}-bit codes are wrong by {error:.2e} of sum p |v|, at most "
+            f"{bench.TOLERANCE:.0e} is allowed: nothing is timed"
+        )
+    return [partial(packed.attend, query) for packed in sets], first.nbytes, error
+
+
+def _sets(bench: Any, shape: Any, bits: int) -> list[Any]:
+    """Codes that together exceed the device's cache."""
+    form = str(bits)
+    sets = [bench.random_packed(shape, form, form, kernel())]
+    while sum(packed.nbytes for packed in sets) < bench.CACHE_BYTES:
+        sets.append(bench.random_packed(shape, form, form, kernel()))
+    return sets
+
+
+def _strongest(bench: Any, shape: Any) -> tuple[str, list[Callable[[], Tensor]]]:
+    """The bf16 attention that is fastest here, of those whose outputs another one confirms."""
+    found: dict[str, tuple[float, list[Callable[[], Tensor]]]] = {}
+    outputs: dict[str, Tensor] = {}
+    for name, launches in bench.baseline_launches(shape).items():
+        try:
+            outputs[name] = launches[0]().flatten().float()
+            found[name] = (bench.time_launches(launches).p50, launches)
+        except Exception:  # what torch and triton raise for a kernel that they do not have
+            outputs.pop(name, None)
+    best = min(found, key=lambda name: found[name][0], default=None)
+    confirmed = [
+        float((outputs[best] - other).norm() / other.norm()) <= RIVAL_TOLERANCE
+        for name, other in outputs.items()
+        if best is not None and name != best
+    ]
+    if best is None or not any(confirmed):
+        raise RuntimeError(f"no bf16 attention to compare with: of {sorted(found)} no two agree")
+    return best, found[best][1]
