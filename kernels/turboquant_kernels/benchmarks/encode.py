@@ -131,6 +131,24 @@ def wrong_bytes(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
     )
 
 
+def appending(dim: int, key_bits: int, value_bits: int, device: str = "cuda") -> int:
+    """Wrong bytes of a cache that grew a token at a time on the device, against one on the CPU."""
+    source = torch.Generator().manual_seed(key_bits)
+    x = [torch.randn(2, 2, 100, dim, generator=source).bfloat16() for _ in range(2)]
+    stores = []
+    for where in ("cpu", device):
+        kv = PackedKV(
+            codec_of(dim, (dim, key_bits)), codec_of(dim, (dim, value_bits)), window=8, capacity=128
+        )
+        for first, last in ((0, 30), *((token, token + 1) for token in range(30, 100))):
+            keys, values = (part[:, :, first:last].to(where) for part in x)
+            kv.update(keys, values)
+        stores.append(
+            [t.cpu() for half in (kv.keys, kv.values) for t in (*half.words, *half.scales, half.recent)]
+        )
+    return wrong_bytes(stores[0], stores[1])
+
+
 def checks() -> dict[str, Callable[[], int]]:
     """Cases by name; each returns the number of wrong bytes."""
 
@@ -202,6 +220,8 @@ def checks() -> dict[str, Callable[[], int]]:
                 found[f"scores d {dim} bits {bits}"] = partial(scoring, dim, bits, 3 * bits + 5, False)
         if dim < 256:
             found[f"sketch d {dim}"] = partial(scoring, dim, 1, 4, True)
+    for dim, k, v in ((128, 4, 4), (128, 3, 3), (64, 2, 1), (256, 4, 2)):
+        found[f"append d {dim} bits {k} and {v}"] = partial(appending, dim, k, v)
     for side in sides:
         found[f"encode 32 x 4 + 96 x 3 bits {side}"] = partial(
             encoding, 128, ((32, 4), (96, 3)), side, torch.float16
@@ -353,9 +373,8 @@ def time_append(batch: int, rotations: bool, window: int = 128, dim: int = 128, 
             hadamard.rotate(out, value_factors, inverse=True, dtype=torch.bfloat16)
 
     size = sum(2 * x.nbytes for x in new) * 2
-    return Row(
-        f"append, batch {batch}, {heads} heads, window {window}", time_launches([step], at_least=64), size
-    )
+    what = "append and both rotations" if rotations else "append"
+    return Row(f"{what}, batch {batch}, {heads} heads", time_launches([step], at_least=64), size)
 
 
 def time_rotation(rows: int, dim: int = 128) -> Row:
