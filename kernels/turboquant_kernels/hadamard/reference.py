@@ -40,10 +40,10 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
     y, other = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     stride = 1
     while stride < dim // m:
-        a = y.view(-1, 2, stride)
-        b = other.view(-1, 2, stride)
-        torch.add(a[:, 0], a[:, 1], out=b[:, 0])
-        torch.sub(a[:, 0], a[:, 1], out=b[:, 1])
+        upper, lower = y.view(-1, 2, stride).unbind(1)
+        added, subtracted = other.view(-1, 2, stride).unbind(1)
+        torch.add(upper, lower, out=added)
+        torch.sub(upper, lower, out=subtracted)
         # The caller's tensor is only read: from the second pass on, the two buffers are both ours.
         y, other = other, (torch.empty_like(other) if stride == 1 else y)
         stride *= 2
