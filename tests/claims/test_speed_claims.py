@@ -24,7 +24,7 @@ LEDGER = load()
 CHECKED = {
     "readme-attention-speed", "readme-step-speed", "readme-step-unmasked", "readme-step-memory",
     "google-blog-faster-runtime", "back2matching-2x-at-long-context", "vllm-blog-throughput-of-codes",
-    "google-blog-8x-logits", "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
+    "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
     "seed-taleef7-throughput-of-codes",
     "paper-v1-quantization-time-measured", "paper-v1-indexing-time-gpu", "rabitq-note-quantization-time",
 }  # fmt: skip
@@ -161,29 +161,6 @@ def test_a_kernel_as_slow_as_reported_is_seen(bench: Any, time: float, expected:
     bench({"rival": 511.0, "4": time})
     check = test_kernels.test_times_slower_than_fp8
     assert verdict(check, "vllm-nixl-7x-slower", **at) == expected
-
-
-@pytest.mark.parametrize(
-    ("scores", "attention", "by", "expected"),
-    [
-        (30.0, 42.0, "scores", "supported"),
-        (90.0, 42.0, "attention", "supported"),
-        (90.0, 70.0, "attention", "refuted"),
-    ],
-)
-def test_logits(
-    monkeypatch: pytest.MonkeyPatch, scores: float, attention: float, by: str, expected: str
-) -> None:
-    """The faster of two kernels counts, as attention computes the logits too."""
-    times = {"rival": 390.0, "scores": scores, "attention": attention}
-    turns = Bench(times).in_turn(times, 24)
-    found = attention_speed.Turns(turns, "fp32, keys x queries", {"scores": 1e-6})
-    monkeypatch.setattr(attention_speed, "logits", lambda *_: found)
-    assert verdict(test_kernels.test_times_faster_logits, "google-blog-8x-logits") == expected
-    claim = LEDGER.claims["google-blog-8x-logits"]
-    record = Record()
-    test_kernels.test_times_faster_logits(Cell(claim, claim.cells[0]), record)
-    assert record.notes["by"] == by
 
 
 # A model's step

@@ -6,7 +6,6 @@ while outputs are wrong, and times that no device could reach are refused.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,6 @@ __all__ = [
     "compile_all",
     "fp8_traffic",
     "kernel",
-    "logits",
     "refuse_impossible",
 ]
 
@@ -163,81 +161,7 @@ def fp8_traffic(shape: tuple[int, int, int, int], bits: int, *, replays: int = R
     return Turns(times, "a copy of as many bytes as FP8 keys and values", {str(bits): error})
 
 
-def logits(shape: tuple[int, int, int, int], bits: int, keys: str, *, replays: int = REPLAYS) -> Turns:
-    """Time scores of queries with packed keys, and the same product with plain keys, in turn.
-
-    Rotating the queries, which costs the same at any number of tokens, is not counted.
-
-    Args:
-        shape: As `attention` takes it.
-        bits: Of the codes.
-        keys: Plain keys and how they are multiplied: "fp32", "tf32" (32-bit keys on tensor cores) or "bf16".
-        replays: Rounds.
-
-    Returns:
-        The times, of the codes under their bits.
-
-    Raises:
-        RuntimeError: If scores are wrong, or a time cannot be.
-    """
-    from turboquant_kernels.scores import scores
-
-    bench = _bench()
-    size = bench.Shape(*shape)
-    sets = _sets(bench, size, bits)
-    query = torch.randn(size.batch, size.heads, size.rows, size.dim, device=_DEVICE)
-    side = sets[0].keys
-    positive = torch.tensor(side.levels[0], dtype=torch.float64) + 0.5
-    levels = (torch.cat([-positive.flip(0), positive]) / side.units[0]).float().to(_DEVICE)
-    found = scores(query, side.words[0], side.norms[0], levels).double()
-    truth = query.double() @ sets[0].dense()[0].mT
-    error = float((found - truth).norm() / truth.norm())
-    if not error <= bench.TOLERANCE:
-        raise RuntimeError(f"scores with {bits}-bit keys are wrong by {error:.2e}: nothing is timed")
-    packed: list[Callable[[], object]] = [
-        partial(scores, query, each.keys.words[0], each.keys.norms[0], levels) for each in sets
-    ]
-    name, rival = _fastest_product(bench, size, query, keys)
-    whole, nbytes, _ = _launches(bench, size, bits)
-    times = _in_turn({"rival": rival, "scores": packed, "attention": whole}, replays)
-    width = 2 if keys == "bf16" else 4
-    refuse_impossible(name, times["rival"], width * size.batch * size.heads * size.tokens * size.dim)
-    refuse_impossible(f"scores with {bits}-bit keys", times["scores"], side.nbytes)
-    refuse_impossible(f"attention over {bits}-bit codes", times["attention"], nbytes)
-    return Turns(times, name, {"scores": error})
-
-
 _DEVICE = "cuda"
-
-
-def _fastest_product(
-    bench: Any, shape: Any, query: Tensor, keys: str
-) -> tuple[str, list[Callable[[], object]]]:
-    """Queries times keys by torch, in the order of the operands that is faster here."""
-    dtype = torch.bfloat16 if keys == "bf16" else torch.float32
-    lead = (shape.batch, shape.heads, shape.tokens, shape.dim)
-    size = dtype.itemsize * math.prod(lead)
-    data = [
-        torch.randn(lead, device=_DEVICE, dtype=dtype)
-        for _ in range(max(1, math.ceil(bench.CACHE_BYTES / size)))
-    ]
-    row = query.to(dtype)
-    column = row.mT.contiguous()
-
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = keys == "tf32"
-        try:
-            return left @ right
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-
-    found: dict[str, list[Callable[[], object]]] = {
-        f"{keys}, queries x keys": [partial(product, row, each.mT) for each in data],
-        f"{keys}, keys x queries": [partial(product, each, column) for each in data],
-    }
-    best = min(found, key=lambda name: bench.time_launches(found[name]).p50)
-    return best, found[best]
 
 
 def _bench() -> Any:

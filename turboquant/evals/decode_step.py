@@ -438,7 +438,12 @@ def _launch(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward()
-    return graph.replay
+
+    def replay(read: tuple[object, ...] = (token, place, cache)) -> None:
+        # A graph reads its inputs where they lay: they must not be freed while it can be replayed.
+        graph.replay()
+
+    return replay
 
 
 def _timed(launch: Callable[[], object], device: torch.device) -> float:

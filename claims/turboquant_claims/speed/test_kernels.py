@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from statistics import median
 
 import pytest
 
@@ -45,16 +44,6 @@ def test_times_faster_than_bf16(cell: Cell, record: Record) -> None:
     found, bits = attention(shape_of(cell)), str(cell["bits"])
     record.ratio(found.microseconds["rival"], found.microseconds[bits])
     record.note(rival=found.rival, error=found.errors[bits], backend=attention_speed.kernel(), device="cuda")
-
-
-@claim("google-blog-8x-logits")
-def test_times_faster_logits(cell: Cell, record: Record) -> None:
-    """The time of a product with plain keys over that of scores with packed ones."""
-    found = attention_speed.logits(shape_of(cell), cell["bits"], cell["keys"])
-    times = {name: median(found.microseconds[name]) for name in found.microseconds}
-    faster = min(("scores", "attention"), key=lambda name: times[name])
-    record.ratio(found.microseconds["rival"], found.microseconds[faster])
-    record.note(rival=found.rival, error=found.errors["scores"], by=faster, microseconds=times, device="cuda")
 
 
 @claim("vllm-nixl-7x-slower")
