@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tiny_models import MODELS
@@ -103,6 +108,26 @@ def test_arms_in_turn(model, monkeypatch):
     assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + 9) * 64 * 4
     assert ours.cache_bytes < dense.cache_bytes
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_captured_step_keeps_its_inputs(model, monkeypatch):
+    """A graph reads them where they lay; freed, they would be what the next arm puts there."""
+    seen = []
+
+    def forward(model, cache, ids, place):
+        seen.append((weakref.ref(ids), weakref.ref(place)))
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(decode_step, "_forward", forward)
+    launch = decode_step._launch(model, None, 1, TOKENS, True)
+    gc.collect()
+    ids, place = (ref() for ref in seen[-1])
+    assert (ids.item(), place.item()) == (7, TOKENS)
+    launch()
 
 
 def test_outputs_are_those_of_the_cache(model):
