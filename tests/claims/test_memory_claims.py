@@ -90,6 +90,33 @@ def test_times_smaller_is_of_what_is_held(monkeypatch: pytest.MonkeyPatch) -> No
         assert verdict(check, claim_id, accept=(4.09, 4.11)) == "supported"
 
 
+@pytest.mark.parametrize(("bits", "thousands"), [("16", 17.2), ("3.5", 78.2)])
+def test_the_longest_context_is_of_what_is_held(
+    bits: str, thousands: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """90 MB less needle's weights, at 4,096 bytes a token uncompressed, or 896 and the window of 128."""
+    claim = LEDGER.claims["readme-longest-context"]
+    at = {**claim.cells[0].at, "card_gb": 0.1, "reserve_gb": 0.01, "profile": bits}
+    region = {"at": at | {"model": "needle"}, "stated": None, "accept": (thousands, thousands + 0.2)}
+
+    def found() -> str:
+        spec, record = claim.cells[0].model_copy(update=region), Record()
+        test_allocated.test_longest_context(Cell(claim, spec), record)
+        return judge(claim, spec, record.evidence).verdict
+
+    assert found() == "supported"
+
+    def kept(cache: Any, tokens: int) -> Any:
+        cache.copy = torch.empty(16 * tokens, dtype=torch.bfloat16)
+        return cache
+
+    made, plain = test_allocated.compressed, test_allocated.plain
+    monkeypatch.setattr(test_allocated, "compressed", lambda *given: kept(made(*given), given[2]))
+    monkeypatch.setattr(test_allocated, "plain", lambda *given: kept(plain(*given), given[1]))
+    test_allocated.held.cache_clear()
+    assert found() == "refuted"
+
+
 def test_gib_and_totals_are_those_of_the_model() -> None:
     """4,096 tokens of needle take 2^24 bytes uncompressed; its 9,638,400 weights 4 bytes each here."""
     gib = test_allocated.test_gib_allocated

@@ -25,6 +25,9 @@ from turboquant_claims.ledger import Cell
 FEW = 192
 """Tokens written into a cache: more than the window, so that channels are chosen and codes are there."""
 
+SHORT = 4096
+"""Tokens of a cache from which longer ones are reckoned: whole blocks of every layout."""
+
 DEVICE = "cuda"
 _WEIGHTS: dict[str, int] = {}
 """Bytes by which each model let the allocated bytes grow when it was built."""
@@ -81,6 +84,20 @@ def test_held_as_counted(cell: Cell, record: Record) -> None:
     counted = cache_memory(find(name).make_config(), profile, context=tokens).stored
     record.figure(held(name, profile, tokens) / counted)
     record.note(held_bytes=held(name, profile, tokens), counted_bytes=counted)
+
+
+@claim("readme-longest-context")
+def test_longest_context(cell: Cell, record: Record) -> None:
+    """Thousands of tokens that fit beside the weights: a cache grows as from SHORT to twice as many tokens."""
+    model, profile = find(cell["model"]), cell["profile"]
+    if profile == "16":
+        sizes = [reachable_bytes(plain(model.make_config(), n, "cpu")) for n in (SHORT, 2 * SHORT)]
+    else:
+        sizes = [held(model.name, profile, n) for n in (SHORT, 2 * SHORT)]
+    token = (sizes[1] - sizes[0]) / SHORT
+    room = 1e9 * (cell["card_gb"] - cell["reserve_gb"]) - model.weight_bytes
+    record.figure((room - (sizes[0] - SHORT * token)) / token / 1000)
+    record.note(bytes_a_token=token, weight_bytes=model.weight_bytes)
 
 
 # By the allocator, on a GPU
