@@ -88,7 +88,7 @@ def test_held_as_counted(cell: Cell, record: Record) -> None:
 
 @claim("readme-longest-context")
 def test_longest_context(cell: Cell, record: Record) -> None:
-    """Thousands of tokens that fit beside the weights: a cache grows as from SHORT to twice as many tokens."""
+    """Thousands of tokens beside the weights: a cache grows as from SHORT to twice as many tokens."""
     model, profile = find(cell["model"]), cell["profile"]
     if profile == "16":
         sizes = [reachable_bytes(plain(model.make_config(), n, "cpu")) for n in (SHORT, 2 * SHORT)]
