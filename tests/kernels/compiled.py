@@ -14,8 +14,24 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
+
+
+def machine_code(kernel: Any) -> tuple[dict[str, int], str]:
+    """Registers, stack, shared and local memory of a compiled kernel, and its instructions."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    return {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, sass
 
 
 def loops(sass: str) -> list[Counter[str]]:
@@ -44,15 +60,7 @@ def main(
     source = source_of(kernel, keys, values, dim, how, softcap=False, dependents=capability >= 90)
     options = {"num_warps": how.warps, "maxnreg": how.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    sizes, sass = machine_code(compiled)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
     # A lane of a warp decodes 32 codes of keys and 32 of values for each unit of a block.
     elements = how.subs * 2 * dim

@@ -6,15 +6,11 @@ python compiled_encode.py ARCHITECTURE encode HEAD_DIM BITS VALUES | rotate HEAD
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
+from compiled import INSTRUCTION, machine_code
 
 
 def compiled(
@@ -64,18 +60,8 @@ def rotate(architecture: int, dim: int, inverse: int) -> Any:
 
 
 def main(architecture: str, what: str, *numbers: str) -> None:
-    import triton
-
     kernel = {"encode": encode, "rotate": rotate}[what](int(architecture), *map(int, numbers))
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
     # A lane takes the coordinates of a whole vector, or of half a vector of 256.
     print(json.dumps({"sizes": sizes, "whole": whole, "elements": min(128, int(numbers[0]))}))
