@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from interpreted import NEEDS_TRITON, interpret
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant_kernels import device
-from turboquant_kernels.packed_kv import PackedKV, fused
+from turboquant_kernels.packed_kv import PackedKV, VectorCodec, fused
 
 pytestmark = [
     NEEDS_TRITON,
@@ -29,11 +31,15 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fill(bits: tuple[int, int], dim: int, window: int, sinks: int, capacity: int | None) -> PackedKV:
-    kv = PackedKV(
-        *(vector_codec(dim, ((dim, b),), seed=b) for b in bits), window=window, sinks=sinks, capacity=capacity
-    )
-    keys, values = (normal(1, 1, 80, dim, seed=s) for s in (1, 2))
+def whole(bits: tuple[int, int], dim: int) -> list[VectorCodec]:
+    return [vector_codec(dim, ((dim, b),), seed=b) for b in bits]
+
+
+def fill(codecs: Sequence[VectorCodec], window: int, sinks: int, capacity: int | None) -> PackedKV:
+    dim, heads = codecs[0].dim, 2 if codecs[0].data_dependent else 1
+    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    keys, values = (normal(1, heads, 80, dim, seed=s) for s in (1, 2))
+    keys[0, 0, :, 3::5] *= 4
     keys[0, 0, 20] = 0
     keys[0, 0, 21] *= 1e-14
     keys[0, 0, 22, 5] = torch.inf
@@ -49,6 +55,22 @@ def fill(bits: tuple[int, int], dim: int, window: int, sinks: int, capacity: int
     return kv
 
 
+def check_bytes(make, window, sinks, capacity, interpreted) -> None:
+    expected = fill(make(), window, sinks, capacity)
+    calls = []
+    append = fused.append
+    with interpreted.context() as patch:
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] == 1)
+        patch.setattr(fused, "encodes", lambda codec, x: False)
+        patch.setattr(fused, "append", lambda *args: calls.append(append(*args)))
+        found = fill(make(), window, sinks, capacity)
+    assert len(calls) == 35
+    for a, b in ((expected.keys, found.keys), (expected.values, found.values)):
+        for x, y in zip(a.tensors(), b.tensors(), strict=True):
+            assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+    assert int(expected.encoded) == int(found.encoded) > 32
+
+
 @pytest.mark.parametrize(
     ("bits", "dim", "window", "sinks", "capacity"),
     [
@@ -61,15 +83,23 @@ def fill(bits: tuple[int, int], dim: int, window: int, sinks: int, capacity: int
     ],
 )
 def test_bytes_are_the_same(bits, dim, window, sinks, capacity, interpreted) -> None:
-    expected = fill(bits, dim, window, sinks, capacity)
-    calls = []
-    append = fused.append
-    with interpreted.context() as patch:
-        patch.setattr(device, "has_triton", lambda x: x.shape[2] == 1)
-        patch.setattr(fused, "append", lambda *args: calls.append(append(*args)))
-        found = fill(bits, dim, window, sinks, capacity)
-    assert len(calls) == 35
-    for a, b in ((expected.keys, found.keys), (expected.values, found.values)):
-        for x, y in zip(a.tensors(), b.tensors(), strict=True):
-            assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
-    assert int(expected.encoded) == int(found.encoded) > 32
+    check_bytes(lambda: whole(bits, dim), window, sinks, capacity, interpreted)
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts", "split", "capacity"),
+    [
+        (128, ((32, 4), (96, 3)), "outlier", None),
+        (128, ((32, 3), (96, 2)), "outlier", 100),
+        (256, ((64, 2), (192, 1)), "outlier", None),
+        (128, ((32, 4), (96, 3)), "oblivious", 100),
+        (128, ((32, 3), (96, 2)), "oblivious", None),
+        (96, ((96, 4),), "oblivious", None),
+    ],
+    ids=str,
+)
+def test_bytes_of_split_channels_are_the_same(dim, parts, split, capacity, interpreted) -> None:
+    def make() -> list[VectorCodec]:
+        return [vector_codec(dim, parts, seed=seed, split=split) for seed in (1, 2)]
+
+    check_bytes(make, 16, 4, capacity, interpreted)

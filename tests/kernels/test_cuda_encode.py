@@ -71,6 +71,40 @@ def test_codes_of_a_prefill_are_the_cpus_bytes(dim, parts, dtype, capacity) -> N
         assert all(same_bytes(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
+@pytest.mark.parametrize("capacity", [None, 300])
+@pytest.mark.parametrize(
+    ("parts", "split"),
+    [
+        (((128, 4),), "oblivious"),
+        (((32, 4), (96, 3)), "outlier"),
+        (((32, 3), (96, 2)), "outlier"),
+        (((64, 2), (64, 1)), "outlier"),
+        (((64, 2), (192, 1)), "outlier"),
+        (((32, 4), (96, 3)), "oblivious"),
+    ],
+    ids=str,
+)
+def test_codes_of_appended_tokens_are_the_cpus_bytes(parts, split, capacity) -> None:
+    dim = sum(width for width, _ in parts)
+    keys, values = (normal(2, 3, 150, dim, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    keys[:, :, :, 7::9] *= 20
+    keys[0, 1, 100] = 0
+    values[1, 0, 101, 3] = torch.nan
+    stores = []
+    for device in ("cpu", "cuda"):
+        kv = PackedKV(
+            *(vector_codec(dim, parts, seed=s, split=split) for s in (1, 2)), window=16, capacity=capacity
+        )
+        start = 0
+        for count in (60, *[1] * 90):
+            kv.update(*(x[:, :, start : start + count].to(device) for x in (keys, values)))
+            start += count
+        stores.append(kv)
+    assert [kv.encoding for kv in stores] == ["torch", "triton"]
+    for a, b in ((stores[0].keys, stores[1].keys), (stores[0].values, stores[1].values)):
+        assert all(same_bytes(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_what_reads_codes_agrees_with_the_cpu(bits, dim) -> None:

@@ -356,10 +356,7 @@ def time_append(batch: int, rotations: bool, window: int = 128, dim: int = 128, 
     start = [torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     kv.update(start[0], start[1])
     new = [x[:, :, :1].clone() for x in start]
-    halves = [
-        (half.side, half.codec, half.recent, token, half.words[0], half.scales[0])
-        for half, token in zip((kv.keys, kv.values), new, strict=True)
-    ]
+    halves = list(zip((kv.keys, kv.values), new, strict=True))
 
     query, out = (
         torch.randn(batch, 4 * heads, dim, device="cuda").to(d) for d in (torch.bfloat16, torch.float32)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["hadamard", "hadamard_order", "hadamard_seed", "rotate"]
+__all__ = ["hadamard", "hadamard_order", "hadamard_seed", "hadamard_seed_on", "rotate"]
 
 
 def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
@@ -48,7 +48,7 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
         y, other = other, (torch.empty_like(other) if stride == 1 else y)
         stride *= 2
     if m > 1:
-        signs = _seed_on(m, x.device, x.dtype)
+        signs = hadamard_seed_on(m, x.device, x.dtype)
         if transpose:
             signs = signs.T
         blocks = y.view(-1, m, dim // m)
@@ -89,6 +89,7 @@ def rotate(x: Tensor, factors: Tensor, *, inverse: bool = False) -> Tensor:
     return x
 
 
+@lru_cache(maxsize=64)
 def hadamard_order(dim: int) -> int:
     """The smallest Paley (or trivial) factor m for which dim = m * 2^k.
 
@@ -150,8 +151,8 @@ def hadamard_seed(m: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _seed_on(m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The matrix where it is used: a copy from the host in each call could not be captured in a graph."""
+def hadamard_seed_on(m: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`hadamard_seed` where it is used: a copy in each call could not be captured in a graph."""
     return hadamard_seed(m).to(device=device, dtype=dtype)
 
 

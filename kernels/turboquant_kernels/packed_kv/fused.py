@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from turboquant_kernels import device
+from turboquant_kernels.hadamard.reference import hadamard_order, hadamard_seed_on
 from turboquant_kernels.packed_kv.codec import Codec, GroupCodec, Run, VectorCodec
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, in_register_order
+
+if TYPE_CHECKING:
+    from turboquant_kernels.packed_kv.store import Half
 
 __all__ = ["append", "encode", "encodes", "suits"]
 
@@ -20,53 +26,54 @@ def suits(codec: Codec, token: Tensor) -> bool:
     """Whether `append` can encode with this codec where the token is.
 
     Args:
-        codec: One run of 1..4 bits, one norm and a Hadamard rotation of a power of two are what it can do.
+        codec: One part or two of channels with a norm each, or one part in two runs, of 1..4 bits in register
+            order, with Hadamard rotations of 2^k or 12 * 2^k channels, are what it can do.
         token: (B, G, 1, D).
 
     Returns:
         Whether it can.
     """
-    return device.has_triton(token) and _group(codec) is not None
+    return device.has_triton(token) and token.dtype in device.FLOATS and _parts(codec) is not None
 
 
 def append(
-    halves: Sequence[tuple[Side, Codec, Tensor, Tensor, Tensor, Tensor]],
-    before: int | Tensor,
-    encoded: int | Tensor,
-    lowest: int,
+    halves: Sequence[tuple[Half, Tensor]], before: int | Tensor, encoded: int | Tensor, lowest: int
 ) -> None:
     """Encode the token that leaves the window, unless it has codes, and put the new one in its place.
 
     Args:
-        halves: Keys, values or both: the side, its codec, one that `suits`, the window (B, G, W, D) with W at
-            least 1, the new token (B, G, 1, D), number `before`, its words (B, G, blocks, D * bits) int32 and
-            norms (B, G, blocks * 32) float16.
+        halves: Keys, values or both, with a codec that `suits` and a window of at least 1; and the new token
+            (B, G, 1, D) of each, number `before`.
         before: Tokens before it, on the host or () int64 on the device.
         encoded: Tokens that have codes, likewise.
         lowest: Tokens below this are not encoded.
     """
     from turboquant_kernels.packed_kv.append import append_token
 
-    if len({codec.dim for _, codec, *_ in halves}) > 1:
-        for half in halves:
-            append([half], before, encoded, lowest)
+    if len({half.codec.dim for half, _ in halves}) > 1:
+        for one in halves:
+            append([one], before, encoded, lowest)
         return
-    pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 6, "value": [None] * 6}
-    bits, rounds = {"key": 0, "value": 0}, {"key": 0, "value": 0}
-    for side, codec, recent, token, words, norms in halves:
-        group = _group(codec)
-        assert group is not None  # for mypy: `suits` asks
-        factors: Tensor = group.rotation.factors  # type: ignore[attr-defined]
-        run = group.coded[0]
-        pointers[side] = [recent, token.contiguous(), words, norms, factors, run.thresholds]
-        bits[side], rounds[side] = run.bits, factors.shape[0]
+    pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 11, "value": [None] * 11}
+    parts: dict[Side, tuple[tuple[int, ...], ...]] = {"key": (), "value": ()}
+    for half, token in halves:
+        codec, found = half.codec, _parts(half.codec)
+        assert found is not None  # for mypy: `suits` asks
+        assert isinstance(codec, VectorCodec)
+        runs = [run.thresholds for group in codec.groups for run in group.coded]
+        factors = [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
+        pairs = [(*x, None)[:2] for x in (half.words, half.scales, factors, runs)]
+        pointers[half.side] = [half.recent, token.contiguous(), codec.order, *chain.from_iterable(pairs)]
+        parts[half.side] = found
     lengths = [x if isinstance(x, Tensor) else None for x in (before, encoded)]
     numbers = [0 if isinstance(x, Tensor) else x for x in (before, encoded)]
-    dim = halves[0][1].dim
-    append_token[(recent.shape[0] * recent.shape[1], len(halves))](
-        *pointers["key"], *pointers["value"], *lengths, *numbers, lowest, recent.shape[2], words.shape[2],
-        math.sqrt(dim), KEY_BITS=bits["key"], VALUE_BITS=bits["value"], DIM=dim, LOG=dim.bit_length() - 1,
-        KEY_ROUNDS=rounds["key"], VALUE_ROUNDS=rounds["value"], num_warps=1, enable_fp_fusion=False,
+    recent, words = halves[0][0].recent, halves[0][0].words[0]
+    every = parts["key"] + parts["value"]
+    signs = hadamard_seed_on(12, recent.device) if any(part[4] == 12 for part in every) else None
+    append_token[(recent.shape[0] * recent.shape[1], len(every))](
+        *pointers["key"], *pointers["value"], signs, *lengths, *numbers, lowest, recent.shape[2],
+        words.shape[2], recent.shape[1], DIM=halves[0][0].codec.dim, KEYS=parts["key"],
+        VALUES=parts["value"], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -137,11 +144,23 @@ def _runs(codec: Codec) -> tuple[GroupCodec, tuple[Run, ...]] | None:
     return (group, group.coded) if fits else None
 
 
-def _group(codec: Codec) -> GroupCodec | None:
-    if not isinstance(codec, VectorCodec) or len(codec.groups) != 1:
+def _parts(codec: Codec) -> tuple[tuple[int, ...], ...] | None:
+    """What `append_token` must know of each part of the channels; None if it cannot do one."""
+    if not isinstance(codec, VectorCodec) or not codec.fitted or codec.dim > 256:
         return None
-    group = codec.groups[0]
-    if group.sketch is not None or len(group.coded) != 1 or not hasattr(group.rotation, "factors"):
+    runs = [run for group in codec.groups for run in group.coded]
+    if len(runs) > 2 or not all(in_register_order(run.width, run.bits) for run in runs):
         return None
-    power = group.dim & (group.dim - 1) == 0
-    return group if power and in_register_order(group.dim, group.coded[0].bits) else None
+    found = []
+    for group in codec.groups:
+        first, *rest = group.coded
+        if group.sketch is not None or not hasattr(group.rotation, "factors"):
+            return None
+        m = hadamard_order(group.dim)
+        if m not in (1, 12):
+            return None
+        log = (group.dim // m).bit_length() - 1
+        other = rest[0].bits if rest else 0
+        rounds: int = group.rotation.factors.shape[0]
+        found.append((group.dim, first.bits, other, first.width // 32, m, log, rounds))
+    return tuple(found)

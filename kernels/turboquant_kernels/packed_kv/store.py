@@ -513,10 +513,7 @@ class PackedKV:
             if isinstance(before, int):
                 self._reserve(half, before - self.window + 1)
         fused.append(
-            [(h.side, h.codec, h.recent, token, h.words[0], h.scales[0]) for h, token in halves],
-            before,
-            self.encoded,
-            self._padding[0] + self.sinks if isinstance(before, int) else 0,
+            halves, before, self.encoded, self._padding[0] + self.sinks if isinstance(before, int) else 0
         )
 
     def _fit(self, half: Half, x: Tensor, start: int) -> None:
