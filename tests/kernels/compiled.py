@@ -55,7 +55,8 @@ def main(
     from turboquant_kernels.benchmarks.decode import mean_bits, source_of
     from turboquant_kernels.decode.launch import settings_for
 
-    how = settings_for(rows, dim, mean_bits(keys), mean_bits(values), blocks, kernel)
+    bits = mean_bits(keys), mean_bits(values)
+    how = settings_for(rows, dim, *bits, blocks, kernel, keys.endswith("-prod"))
     how = replace(how, registers=registers or how.registers)
     source = source_of(kernel, keys, values, dim, how, softcap=False, dependents=capability >= 90)
     options = {"num_warps": how.warps, "maxnreg": how.registers}

@@ -48,7 +48,8 @@ def attend_codes(
     raw: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""
-    batch, heads, rows, dim = query.shape
+    batch, heads, rows = query.shape[:3]
+    dim = sum(values.widths)
     # The second run's levels count for more or less: in the query, and at the end in the outputs.
     relative = [
         torch.cat(
@@ -58,14 +59,17 @@ def attend_codes(
     ]
     scaled = by_norm(list(torch.split(query.float() * relative[0], keys.widths, dim=-1)), len(keys.norms))
     key_levels = by_norm(whole_levels(keys, registers.unpack_keys), len(keys.norms))
+    factors = [norms.float() for norms in keys.norms]
+    if keys.relative:
+        factors[1] = factors[1] * factors[0]
     score = torch.zeros(())
-    for part, levels, norms in zip(scaled, key_levels, keys.norms, strict=True):
+    for part, levels, norms in zip(scaled, key_levels, factors, strict=True):
         parts, unit = fixed_queries(part)
         high, low = (byte.double() @ levels.double().mT for byte in parts)
         halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
         whole = (high * 256 + low + ((halves + 1) >> 1)).float()  # whole numbers below 2^31, rounded once
         scale = unit * (softmax_scale * math.log2(math.e) / keys.units[0])
-        score = score + whole * norms.float()[:, :, None] * scale
+        score = score + whole * norms[:, :, None] * scale
     if softcap is not None:
         cap = softcap * math.log2(math.e)
         score = cap * torch.tanh(score / cap)

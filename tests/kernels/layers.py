@@ -38,6 +38,8 @@ SPLITS = {
     "nominal 2.5": ((64, 3, 0), (64, 2, 1)),
     "1.5 oblivious": ((32, 2, 0), (96, 1, 0)),
 }
+# Keys with a sketch of their residual: as many coordinates again, a bit each.
+SKETCHED = {f"{bits} prod": ((128, bits - 1, 0), (128, 1, 1)) for bits in (5, 4, 3, 2)}
 Runs = tuple[tuple[int, int, int], ...]
 
 
@@ -62,22 +64,20 @@ class Layer:
                 torch.randint(-(2**31), 2**31, (batch, heads, blocks, width * bits), generator=source).int()
                 for width, bits, _ in runs
             ]
+            relative = runs in SKETCHED.values()
             # The norms of two parts differ by far, as those of outlier channels and of the others do.
             norms = [
-                (
-                    around * 5.0**-i * (0.8 + 0.4 * torch.rand(batch, heads, 32 * blocks, generator=source))
-                ).half()
-                for i in range(runs[-1][2] + 1)
+                (number * (0.8 + 0.4 * torch.rand(batch, heads, 32 * blocks, generator=source))).half()
+                for number in (around, 0.3 if relative else around / 5)[: runs[-1][2] + 1]
             ]
             rotated = [sum(w for w, _, other in runs if other == number) for _, _, number in runs]
             grids = [positive_levels(bits, d) for (_, bits, _), d in zip(runs, rotated, strict=True)]
             units = tuple(scale * math.sqrt(d) for (_, scale), d in zip(grids, rotated, strict=True))
-            return Codes(
-                tuple(words), tuple(norms), tuple(b for _, b, _ in runs), tuple(g[0] for g in grids), units
-            )
+            bits, levels = tuple(b for _, b, _ in runs), tuple(g[0] for g in grids)
+            return Codes(tuple(words), tuple(norms), bits, levels, units, relative)
 
-        dim = sum(width for width, _, _ in keys)
-        return Layer(side(keys, norm), side(values or keys, 1.0), dim)
+        made = side(keys, norm), side(values or keys, 1.0)
+        return Layer(*made, sum(made[1].widths))
 
     def dense(self) -> list[Tensor]:
         found = []
@@ -87,7 +87,10 @@ class Layer:
                 both = [-x - 0.5 for x in reversed(side.levels[i])] + [x + 0.5 for x in side.levels[i]]
                 levels = torch.tensor(both, dtype=torch.float64) / side.units[i]
                 codes = unpack(words, bits, width).flatten(2, 3).long()
-                parts.append(levels[codes] * side.norms[min(i, len(side.norms) - 1)].double()[..., None])
+                norm = side.norms[min(i, len(side.norms) - 1)].double()
+                if i and side.relative:
+                    norm = norm * side.norms[0].double()
+                parts.append(levels[codes] * norm[..., None])
             found.append(torch.cat(parts, dim=-1).nan_to_num(0.0))
         return found
 
@@ -136,9 +139,11 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dominant(share: float, tokens: int, runs: Runs = WHOLE[4]) -> tuple[Layer, Tensor]:
+def dominant(
+    share: float, tokens: int, runs: Runs = WHOLE[4], values: Runs | None = None
+) -> tuple[Layer, Tensor]:
     """One token has about this share of the weight, over a background whose values do not cancel."""
-    layer = Layer.random(1, tokens, runs)
+    layer = Layer.random(1, tokens, runs, values)
     for words in layer.values.words:
         words.fill_(0x77777777)
     target = layer.dense()[0][:, :, tokens // 3]

@@ -10,7 +10,7 @@ from turboquant.cache import vector_codec
 from turboquant.profiles import profile
 from turboquant_kernels.decode import Attention, attend, choose
 from turboquant_kernels.decode.unpack import level_table
-from turboquant_kernels.packed_kv import PackedKV, Reading
+from turboquant_kernels.packed_kv import PackedKV, Reading, VectorCodec
 from turboquant_kernels.packed_kv.store import Half
 
 pytestmark = pytest.mark.gpu
@@ -20,9 +20,15 @@ TOLERANCE = 1e-3  # of sum p |v|
 POSITIVE = {4: (5, 16, 27, 39, 52, 67, 86, 113), 3: (13, 41, 73, 117), 2: (24, 81), 1: (31,)}
 
 
-def kernels(*parts: object) -> list[str]:
-    """Those that the device has and that read such (width, bits) of keys and values."""
-    return ["gluon"] * HOPPER + ["triton"] * all(len(part) == 1 for part in parts)
+def kernels(*parts: object, split: str = "") -> list[str]:
+    """Those that the device has and that read such (width, bits) of keys and values, kept so."""
+    return ["gluon"] * HOPPER + ["triton"] * (split != "prod" and all(len(part) == 1 for part in parts))
+
+
+def codecs_of(dim: int, parts: tuple, split: str) -> list[VectorCodec]:
+    """Of keys and values; "prod": keys have a sketch of their residual."""
+    kinds = ({"kind": "prod"}, {}) if split == "prod" else ({"split": split},) * 2
+    return [vector_codec(dim, part, seed=i, **kinds[i]) for i, part in enumerate(parts)]
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -31,11 +37,16 @@ def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 def decoded(half: Half, tokens: int) -> Tensor:
     """The vectors that codes stand for, (B, G, tokens, D) float64."""
-    parts = []
-    for group, term in zip(half.codec.groups, half.terms(0, tokens), strict=True):
+    parts, terms = [], iter(half.terms(0, tokens))
+    for group in half.codec.groups:
         basis = group.rotation.forward(torch.eye(group.dim, device=DEVICE)).double()
-        factors = term.factors.double()[..., None] / group.dim**0.5
-        parts.append(term.coefficients.double() * factors @ basis.T)
+        term = next(terms)
+        part = term.coefficients.double() * (term.factors.double()[..., None] / group.dim**0.5)
+        if group.sketch is not None:
+            signs = next(terms)
+            signs = signs.coefficients.double() * signs.factors.double()[..., None]
+            part += signs @ group.sketch.matrix.double() * group.sketch.scale
+        parts.append(part @ basis.T)
     joined = torch.cat(parts, dim=-1)
     if half.codec.order is None:
         return joined
@@ -108,6 +119,15 @@ CASES = [
         )
         for split in ("outlier", "oblivious")
     ),
+    *(
+        (((keys,), (values,)), groups, dtype, "prod")
+        for keys, values, groups, dtype in (
+            ((128, 4), (128, 4), 4, torch.bfloat16),
+            ((128, 2), (128, 2), 16, torch.float32),
+            ((64, 5), (64, 4), 1, torch.float16),
+            ((256, 3), (256, 3), 8, torch.bfloat16),
+        )
+    ),
 ]
 
 
@@ -115,13 +135,12 @@ CASES = [
 @pytest.mark.parametrize(("window", "sinks"), [(128, 4), (0, 0), (33, 0)])
 @pytest.mark.parametrize(
     ("kernel", "parts", "groups", "dtype", "split"),
-    [(kernel, *case) for case in CASES for kernel in kernels(*case[0])],
+    [(kernel, *case) for case in CASES for kernel in kernels(*case[0], split=case[3])],
     ids=str,
 )
 def test_against_float64(kernel, parts, split, groups, dtype, window, sinks, capacity) -> None:
     dim = sum(width for width, _ in parts[0])
-    codecs = [vector_codec(dim, part, seed=i, split=split) for i, part in enumerate(parts)]
-    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    kv = PackedKV(*codecs_of(dim, parts, split), window=window, sinks=sinks, capacity=capacity)
     total = 5000
     keys, values = (normal(2, 2, total, dim, seed=s, dtype=dtype) for s in (1, 2))
     keys[:, :, :, 5:dim:7] *= 4  # outlier channels
@@ -173,14 +192,14 @@ def test_appended_codes_are_the_cpus_bytes(bits, dim, capacity) -> None:
             (((128, 4),), "outlier"),
             (((32, 4), (96, 3)), "outlier"),
             (((32, 3), (96, 2)), "oblivious"),
+            (((128, 4),), "prod"),
         )
-        for kernel in kernels(parts)
+        for kernel in kernels(parts, split=split)
     ],
 )
 def test_a_captured_step_goes_on_as_an_eager_one(kernel, parts, split) -> None:
     def store(capacity: int | None) -> PackedKV:
-        codecs = (vector_codec(128, parts, seed=s, split=split) for s in (1, 2))
-        made = PackedKV(*codecs, window=32, capacity=capacity)
+        made = PackedKV(*codecs_of(128, (parts, parts), split), window=32, capacity=capacity)
         made.update(keys[:, :, :1000], values[:, :, :1000])
         return made
 
@@ -217,15 +236,15 @@ def test_a_captured_step_goes_on_as_an_eager_one(kernel, parts, split) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious"] * HOPPER + ["4"]
+    "name",
+    ["conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious", "unbiased-keys"] * HOPPER
+    + ["4"],
 )
 def test_what_users_get_runs_on_the_kernel(name) -> None:
     """`auto` takes it for the profiles' codecs, and says so."""
     chosen = profile(name)
-    codecs = [
-        vector_codec(128, chosen.parts(bits, 128), seed=i, split=chosen.split)
-        for i, bits in enumerate((chosen.key_bits, chosen.value_bits))
-    ]
+    parts = tuple(chosen.parts(bits, 128) for bits in (chosen.key_bits, chosen.value_bits))
+    codecs = codecs_of(128, parts, "prod" if chosen.key_kind == "prod" else chosen.split)
     kv = PackedKV(*codecs, window=chosen.window, sinks=chosen.sinks)
     keys, values, query = (
         normal(1, heads, 700, 128, seed=heads, dtype=torch.bfloat16) for heads in (2, 2, 8)

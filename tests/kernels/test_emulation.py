@@ -8,7 +8,7 @@ from dataclasses import replace
 import emulation
 import pytest
 import torch
-from layers import SPLITS, TOLERANCE, WHOLE, Layer, dominant, error, normal
+from layers import SKETCHED, SPLITS, TOLERANCE, WHOLE, Layer, dominant, error, normal
 from ptx import movmatrix_transposed
 
 
@@ -30,6 +30,38 @@ def test_split_channels(keys, values):
     query[:, :, :2, :32] *= 1e-3
     query[:, :, 2:, 32:] *= 1e-3
     assert error(Layer.random(2, 700, *runs, batch=2), query, softcap=4.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("values", [4, 2, "3.5 outliers"])
+@pytest.mark.parametrize("keys", SKETCHED)
+def test_keys_with_a_sketch_of_their_residual(keys, values):
+    runs = SKETCHED[keys], (SPLITS | WHOLE)[values]
+    query = normal(2, 2, 4, 256)
+    layer = Layer.random(2, 700, *runs, batch=2)
+    assert error(layer, query, length=690, first=(0, 70), skipped=3) < TOLERANCE
+    # Queries that see the key, or the sketch of its residual, almost alone; and a norm or a length of zero.
+    query[:, :, :2, :128] *= 1e-3
+    query[:, :, 2:, 128:] *= 1e-3
+    layer = Layer.random(2, 700, *runs, batch=2)
+    layer.keys.norms[0][..., 5] = 0.0
+    layer.keys.norms[1][..., 6] = 0.0
+    assert error(layer, query, softcap=4.0) < TOLERANCE
+    assert error(Layer.random(2, 3000, *runs, norm=30.0), 10 * normal(1, 2, 4, 256), length=2999) < TOLERANCE
+
+
+@pytest.mark.parametrize("fault", [{"relative": False}, {"units": 2.0}], ids=str)
+def test_a_residual_has_its_own_length_and_unit(fault, monkeypatch):
+    """Forgetting that its length counts in units of the norm, or a wrong constant, shows."""
+    layer = Layer.random(2, 500, SKETCHED["4 prod"], WHOLE[4])
+    right = layer.dense()
+    monkeypatch.setattr(layer, "dense", lambda: right)
+    query = normal(1, 2, 4, 256)
+    assert error(layer, query) < TOLERANCE
+    if "units" in fault:
+        first, second = layer.keys.units
+        fault = {"units": (first, second * fault["units"])}
+    layer.keys = replace(layer.keys, **fault)
+    assert error(layer, query) > TOLERANCE
 
 
 @pytest.mark.parametrize("split", ["3.5 oblivious", "3.5 outliers"])
@@ -64,6 +96,11 @@ def test_several_queries_padding_sinks_and_softcap():
 @pytest.mark.parametrize("share", [0.5, 0.99])
 def test_one_dominant_token_over_a_faint_background(share, runs):
     assert error(*dominant(share, 16384, runs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_one_dominant_token_of_keys_with_a_sketch(share):
+    assert error(*dominant(share, 16384, SKETCHED["4 prod"], WHOLE[4])) < TOLERANCE
 
 
 @pytest.mark.parametrize(

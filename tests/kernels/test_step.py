@@ -6,6 +6,7 @@ The plain-Triton kernels run in Triton's interpreter, the Gluon one as its emula
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import emulation
@@ -79,6 +80,8 @@ def error(found: Tensor, expected: Tensor, values: Tensor) -> float:
             ((((D, 4),), ((32, 3), (32, 2))), "outlier"),
             ((((32, 4), (32, 3)),) * 2, "oblivious"),
             ((((32, 2), (32, 1)), ((D, 3),)), "oblivious"),
+            ((((D, 4),), ((D, 4),)), "prod"),
+            ((((D, 2),), ((32, 3), (32, 2))), "prod"),
         ]
     ),
 )
@@ -113,7 +116,8 @@ def check(kernel, chunks, before, window, sinks, padding, removed, fixed, rule, 
     keys, values = (normal(B, G, total, D, seed=s) for s in (2, 3))
     query = normal(B, G * R, total, D, seed=1)
     parts, split = codes
-    codecs = [vector_codec(D, part, seed=i, split=split) for i, part in enumerate(parts)]
+    kinds = ({"kind": "prod"}, {}) if split == "prod" else ({"split": split},) * 2
+    codecs = [vector_codec(D, part, seed=i, **kinds[i]) for i, part in enumerate(parts)]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=total + 3 if fixed else None)
     first = torch.tensor(padding).clamp(max=before - 1)
     # With a capacity, outlier channels are chosen by the first tokens: there must be some.
@@ -238,7 +242,14 @@ def test_each_device_has_its_kernel(capability, best, refused, monkeypatch) -> N
             lambda: vector_codec(128, ((32, 4), (32, 3), (64, 2)), seed=1),
             {"gluon": "in one part or split in two", "triton": "in one part of"},
         ),
-        (lambda: vector_codec(64, ((64, 4),), seed=1, kind="prod"), dict.fromkeys(BOTH, "without a sketch")),
+        (
+            lambda: vector_codec(64, ((32, 4), (32, 3)), seed=1, kind="prod"),
+            {"gluon": "a sketch of the residual only in keys of 1 to 4 bits", "triton": "without a sketch"},
+        ),
+        (
+            lambda: vector_codec(64, ((64, 1),), seed=1, kind="prod"),  # the sketch alone
+            {"gluon": "a sketch of the residual only in keys of 1 to 4 bits", "triton": "without a sketch"},
+        ),
         (lambda: vector_codec(64, ((64, 5),), seed=1), dict.fromkeys(BOTH, "1, 2, 3 or 4 bits")),
         (lambda: vector_codec(96, ((96, 4),), seed=1), dict.fromkeys(BOTH, "64, 128 or 256 channels")),
     ],
@@ -268,3 +279,37 @@ def test_the_plain_kernel_reads_one_run(monkeypatch) -> None:
     refusal = step.refusal(OnDevice(), reading, True, False, "triton")  # type: ignore[arg-type]
     assert refusal is not None
     assert "in one part of 1, 2, 3 or 4 bits" in refusal
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_a_sketch_of_keys_alone_is_read_on_hopper_alone(side, monkeypatch) -> None:
+    kinds = {"keys": "mse", "values": "mse"} | {side: "prod"}
+    kv = PackedKV(*(vector_codec(64, ((64, 4),), seed=1, kind=kinds[s]) for s in kinds), window=4)
+    tokens = normal(1, 1, 40, 64, seed=1)
+    kv.update(tokens, tokens)
+    reading = kv.update(tokens[:, :, :1], tokens[:, :, :1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    refusals = [step.refusal(OnDevice(), reading, True, False, kernel) for kernel in BOTH]  # type: ignore[arg-type]
+    assert refusals[0] is None if side == "keys" else "a sketch of the residual only in keys" in refusals[0]
+    assert "without a sketch of the residual" in refusals[1]
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("fault", ["constant", "length"])
+def test_a_wrong_sketch_is_seen(fault, monkeypatch) -> None:
+    """With twice the sketch's constant, or lengths that do not count in units of the norm."""
+    right = step._codes
+
+    def wrong(half):
+        found = right(half)
+        if half.side == "value":
+            return found
+        if fault == "constant":
+            return replace(found, units=(found.units[0], found.units[1] / 2))
+        return replace(found, relative=False)
+
+    monkeypatch.setattr(step, "_codes", wrong)
+    codes = (((D, 3),), ((D, 4),)), "prod"
+    with pytest.raises(AssertionError):
+        check("gluon", [1, 2], 150, 5, 0, (0, 0), 0, False, "codes", None, codes)

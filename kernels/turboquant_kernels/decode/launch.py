@@ -42,17 +42,24 @@ class Settings:
 
 
 def settings_for(
-    rows: int, head_dim: int, key_bits: float, value_bits: float, blocks: int, kernel: Kernel
+    rows: int,
+    head_dim: int,
+    key_bits: float,
+    value_bits: float,
+    blocks: int,
+    kernel: Kernel,
+    sketched: bool = False,
 ) -> Settings:
     """Settings measured to be good.
 
     Args:
         rows: Query rows that share a key and value head.
         head_dim: 64, 128 or 256.
-        key_bits: Bits a key code, on average over the coordinates.
-        value_bits: Bits a value code, likewise.
+        key_bits: Bits of a key's codes over head_dim.
+        value_bits: The same of a value's.
         blocks: Blocks of 32 tokens of all heads and batch rows together.
         kernel: "gluon" or "triton".
+        sketched: Whether keys have a sketch of their residual.
 
     Returns:
         Settings for an H100 or H200.
@@ -75,6 +82,9 @@ def settings_for(
         queries, subs, registers = 8, 1, 160
     else:
         subs, registers = 1, 255
+    if sketched and queries > 4:
+        # A query has twice the coordinates, which registers hold: more rows at once do not fit.
+        queries, subs, registers = 8, 1, 255 if head_dim == 256 else 160
     return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
 
 
@@ -102,8 +112,8 @@ def attend_codes(
     """Attention over packed codes alone, in the rotated basis.
 
     Args:
-        query: (B, G, rows, D), in the keys' rotated basis, contiguous; a row is a query head and, fastest,
-            one of its queries.
+        query: (B, G, rows, coordinates of a key), in the basis of the keys' codes, contiguous; a row is a
+            query head and, fastest, one of its queries.
         keys: The keys' codes.
         values: The values' codes.
         softmax_scale: Factor of scores.
@@ -126,11 +136,12 @@ def attend_codes(
     Returns:
         (B, G, rows, D) float32, in the values' rotated basis.
     """
-    batch, heads, rows, dim = query.shape
-    blocks = keys.words[0].shape[2]
+    batch, heads, rows = query.shape[:3]
+    dim, blocks = sum(values.widths), keys.words[0].shape[2]
     how = settings or settings_for(
-        rows, dim, keys.mean_bits, values.mean_bits, batch * heads * blocks, kernel
-    )
+        rows, dim, keys.token_bits / dim, values.token_bits / dim, batch * heads * blocks, kernel,
+        keys.relative,
+    )  # fmt: skip
     if splits is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
         groups = -(-rows // how.queries)

@@ -11,7 +11,8 @@ and low bytes).
 Coordinates may come in two runs, with bits and levels of their own. What scales the second run's levels
 against the first's is multiplied into the queries, and into the outputs when all is done: nothing in the loop
 knows of it. With one norm for both runs that is all; with a norm for each, keys have two products, each
-scaled by its own norm, and values two sets of probabilities.
+scaled by its own norm, and values two sets of probabilities. Keys with a sketch of their residual are two runs
+too: as many coordinates of the key, and of the residual's sketch, whose norm counts in units of the first.
 
 One program is WARPS warps. Each warp walks its own blocks of 32 tokens, with a softmax of its own; nothing is
 shared and nothing waits until the loop ends. A step of a warp, SUBS blocks:
@@ -87,8 +88,8 @@ def _ptx(bits: int, units: int, second: bool) -> Any:
     return _UNPACK.value[bits, units, second]
 
 
-# A side's runs are ((units, bits, table, norm), ...): which of the tables has its levels, and which of the
-# side's norms is its factor.
+# A side's runs are ((units, bits, table, norm, relative), ...): which of the tables has its levels, which of the
+# side's norms is its factor, and whether that counts in units of the first norm.
 
 
 @gluon.constexpr_function
@@ -130,6 +131,11 @@ def _run_of(runs: Any, unit: int) -> Any:
 @gluon.constexpr_function
 def _norm_of(runs: Any, unit: int) -> Any:
     return runs[0 if unit < runs[0][0] else 1][3]
+
+
+@gluon.constexpr_function
+def _relative(runs: Any, norm: int) -> Any:
+    return norm > 0 and runs[-1][4]
 
 
 @gluon.constexpr_function
@@ -403,6 +409,8 @@ def _score_phase(words, norms, query, halves, scales, tables, step, start, limit
                 if _norm_of(KEYS, unit) == norm:
                     product = mma_v2(keys[unit], query[unit], product)
             factor = gl.expand_dims(_by_row(norms[sub][0][norm], QUERIES, WARPS), 2)
+            if _relative(KEYS, norm):
+                factor = factor * gl.expand_dims(_by_row(norms[sub][0][0], QUERIES, WARPS), 2)
             if SCALED:
                 factor = factor * gl.expand_dims(scales[norm], 1)
             parts = parts + (_whole(product, QUERIES, WARPS) * factor,)
@@ -495,15 +503,16 @@ def attend_splits(
     Program (split, batch * heads + head, group of query rows).
 
     Args:
-        q_ptr: (batch, heads, rows, head_dim), rotated; a row is a query head and, fastest, one of its
-            queries.
+        q_ptr: (batch, heads, rows, coordinates of a key), in the basis of its codes; a row is a query head and,
+            fastest, one of its queries.
         key_words: (batch, heads, blocks, width * bits) int32, as `registers.pack_keys` makes them: the keys'
             first run.
         more_key_words: Their second run, or None.
         value_words: The values' first run, as `registers.pack_values` makes them.
         more_value_words: Their second run, or None.
         key_norms: (batch, heads, 32 * blocks) float16, by token.
-        more_key_norms: The same of the second run, or None if the first is of both.
+        more_key_norms: The same of the second run, or None if the first is of both; of a relative one, in units
+            of the first.
         value_norms: The same of values.
         more_value_norms: The same of values.
         tables_ptr: `unpack.table_tensor`.
@@ -526,8 +535,8 @@ def attend_splits(
         key_ratio: The first key run's unit over the second's.
         value_ratio: The same of values.
         softcap: log2(e) * cap; read only if SOFTCAP.
-        KEYS: ((units of 32 coordinates, bits 1..4, table, norm), ...): one run or two.
-        VALUES: The same of values.
+        KEYS: ((units of 32 coordinates, bits 1..4, table, norm, relative), ...): one run or two.
+        VALUES: The same of values, of which none is relative.
         QUERIES: Query rows at a time: 4, 8 or 16.
         SUBS: Blocks a warp takes in one step.
         WARPS: Warps a program has.
@@ -611,7 +620,7 @@ def attend_splits(
         halves = halves + (half,)
         scales = scales + (scale,)
     outputs = ()
-    for _ in gl.static_range(UNITS):
+    for _ in gl.static_range(_all_units(VALUES)):
         outputs = outputs + (gl.zeros([WARPS, 32, QUERIES], gl.float32, layout=ROWS),)
     lengths = ()
     for _ in gl.static_range(_norms(VALUES)):

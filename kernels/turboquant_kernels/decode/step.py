@@ -41,7 +41,8 @@ class _Basis:
 
     Attributes:
         channels: (G, D) int64: the channels of each head, one rotated group after another; None if in order.
-        matrix: (D, D) float32: vectors of such channels x -> x M.
+        matrix: (D, D) float32: vectors of such channels x -> x M; (D, 2 D) with a sketch, rotation and
+            sketch side by side.
     """
 
     channels: Tensor | None
@@ -94,14 +95,19 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
     for half in (reading.keys, reading.values):
-        if not _readable(half.codec, kernel):
+        if not _readable(half, kernel):
             parts = (
                 "in one part or split in two of widths that are multiples of 32, of 1, 2, 3 or 4 bits each"
                 if kernel == "gluon"
                 else "in one part of 1, 2, 3 or 4 bits"
             )
+            sketch = (
+                "a sketch of the residual only in keys of 1 to 4 bits beside it in one part"
+                if kernel == "gluon"
+                else "without a sketch of the residual"
+            )
             return (
-                f"{half.side}s must have 64, 128 or 256 channels, {parts}, without a sketch of the residual, "
+                f"{half.side}s must have 64, 128 or 256 channels, {parts}, {sketch}, "
                 f"not (channels, bits) {half.codec.runs} with {half.codec.scales} norms"
             )
     return None
@@ -201,14 +207,16 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     return torch.where(expected, mask == 0, hidden).all()
 
 
-def _readable(codec: object, kernel: Kernel) -> bool:
-    """Whether a kernel reads such codes: one run; of "gluon" also two with one norm, or with a norm each."""
+def _readable(half: Half, kernel: Kernel) -> bool:
+    """Whether a kernel reads such codes: one run; of "gluon" also two, of which one may be keys' sketch."""
+    codec = half.codec
     if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
         return False
     runs = [run for group in codec.groups for run in group.coded]
+    sketches = sum(group.sketch is not None for group in codec.groups)
     return (
-        len(runs) <= (MOST_RUNS if kernel == "gluon" else 1)
-        and all(group.sketch is None for group in codec.groups)
+        len(runs) + sketches <= (MOST_RUNS if kernel == "gluon" else 1)
+        and (half.side == "key" or not sketches)
         and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
     )
 
@@ -216,23 +224,35 @@ def _readable(codec: object, kernel: Kernel) -> bool:
 def _codes(half: Half) -> Codes:
     """A half's tensors with what they mean."""
     assert isinstance(half.codec, VectorCodec)  # for mypy: `refusal` asks
-    levels, units = [], []
+    levels, units, sketched = [], [], False
     for group in half.codec.groups:
         for run in group.coded:
             assert run.grid is not None
             levels.append(run.grid[0])
             units.append(run.grid[1] * math.sqrt(group.dim))
+        if group.sketch is not None:
+            # Signs, +-1: any L serves, as (L + 1/2) / (L + 1/2).
+            levels.append((127,))
+            units.append(127.5)
+            sketched = True
     bits = tuple(bits for _, bits in half.codec.runs)
-    return Codes(tuple(half.words), tuple(half.scales), bits, tuple(levels), tuple(units))
+    return Codes(tuple(half.words), tuple(half.scales), bits, tuple(levels), tuple(units), sketched)
 
 
 def _basis(codec: object) -> _Basis:
-    """Rotations as one matrix: for queries and outputs, whose last bits decide no code."""
+    """Rotations as one matrix: for queries and outputs, whose last bits decide no code.
+
+    With a sketch, queries are also brought into its basis, as `GroupCodec.project` does."""
     assert isinstance(codec, VectorCodec)  # for mypy: `refusal` asks
     found = _bases.get(codec)
     if found is None:
         device = codec.groups[0].root.device
-        parts = [group.rotation.forward(torch.eye(group.dim, device=device)) for group in codec.groups]
+        parts = []
+        for group in codec.groups:
+            part = group.rotation.forward(torch.eye(group.dim, device=device))
+            if group.sketch is not None:
+                part = torch.cat([part, part @ group.sketch.matrix.T * group.sketch.scale], dim=-1)
+            parts.append(part)
         matrix: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
         channels = None if codec.order is None else codec.order.long()
         found = _bases[codec] = _Basis(channels, matrix)
@@ -240,7 +260,7 @@ def _basis(codec: object) -> _Basis:
 
 
 def _turned(x: Tensor, basis: _Basis) -> Tensor:
-    """(B, G, rows, D) in the basis of the codes."""
+    """(B, G, rows, D) in the basis of the codes, (B, G, rows, coordinates)."""
     if basis.channels is not None:
         x = x.gather(-1, basis.channels[:, None].expand_as(x))
     return x @ basis.matrix

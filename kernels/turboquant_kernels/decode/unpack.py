@@ -21,7 +21,7 @@ from turboquant_kernels.registers import UNIT
 
 __all__ = ["MOST_RUNS", "Codes", "kernel_runs", "level_table", "table_tensor", "unit_ptx", "unpack_ptx"]
 
-Runs = tuple[tuple[int, int, int, int], ...]
+Runs = tuple[tuple[int, int, int, int, bool], ...]
 Tables = tuple[tuple[tuple[int, ...], int], ...]
 
 MOST_RUNS = 2
@@ -30,7 +30,7 @@ MOST_RUNS = 2
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Keys or values of a layer: runs of rotated coordinates, each with bits and levels of its own.
+    """Keys or values of a layer: runs of coordinates, each with bits and levels of its own.
 
     Attributes:
         words: Of each run, (B, G, blocks, width * bits) int32, contiguous.
@@ -39,6 +39,8 @@ class Codes:
         levels: Of each run, the whole L >= 0 of its levels +-(L + 1/2) / s.
         units: Of each run, s sqrt(d), d being the coordinates that were rotated together: a coordinate is
             the norm times +-(L + 1/2) over this.
+        relative: Whether the second norm counts in units of the first, as the length of a key's residual does
+            (whose sketch is the second run).
     """
 
     words: tuple[Tensor, ...]
@@ -46,6 +48,7 @@ class Codes:
     bits: tuple[int, ...]
     levels: tuple[tuple[int, ...], ...]
     units: tuple[float, ...]
+    relative: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -53,10 +56,14 @@ class Codes:
         return tuple(w.shape[-1] // b for w, b in zip(self.words, self.bits, strict=True))
 
     @property
+    def token_bits(self) -> int:
+        """Bits of a token's codes."""
+        return sum(w * b for w, b in zip(self.widths, self.bits, strict=True))
+
+    @property
     def mean_bits(self) -> float:
         """Bits of a code, averaged over the coordinates."""
-        widths = self.widths
-        return sum(w * b for w, b in zip(widths, self.bits, strict=True)) / sum(widths)
+        return self.token_bits / sum(self.widths)
 
     @property
     def nbytes(self) -> int:
@@ -219,15 +226,15 @@ def kernel_runs(keys: Codes, values: Codes) -> tuple[Runs, Runs, Tables]:
         values: Codes of the values.
 
     Returns:
-        (units of 32 coordinates, bits, table, norm) of each run of the keys and of the values; and (levels,
-        bits) of each table.
+        (units of 32 coordinates, bits, table, norm, whether that counts in units of the first) of each run of
+        the keys and of the values; and (levels, bits) of each table.
     """
     needed = [*zip(keys.levels, keys.bits, strict=True), *zip(values.levels, values.bits, strict=True)]
     tables = tuple(dict.fromkeys(needed))
     slots = iter([tables.index(each) for each in needed])
     made = [
         tuple(
-            (width // UNIT, bits, next(slots), min(i, len(side.norms) - 1))
+            (width // UNIT, bits, next(slots), min(i, len(side.norms) - 1), i > 0 and side.relative)
             for i, (width, bits) in enumerate(zip(side.widths, side.bits, strict=True))
         )
         for side in (keys, values)
