@@ -144,6 +144,32 @@ def test_outlier_split_reads_its_own_channels(sinks: int, masked: bool) -> None:
     assert (found.double() - expected).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize(("padding", "sinks", "window"), [((0, 0), 3, 0), ((5, 7), 2, 4)])
+def test_outlier_channels_that_are_not_chosen_yet(padding, sinks, window) -> None:
+    """While what left the window is sinks and padding alone, there is nothing to decode."""
+    total, first = 30, torch.tensor(padding)
+    query, keys, values = (normal(B, heads, total, D, seed=s) for heads, s in ((H, 1), (G, 2), (G, 3)))
+    kv = PackedKV(codec("outlier"), codec("outlier"), window=window, sinks=sinks)
+    kv.pad(first if first.any() else None)
+    i, j = torch.arange(total)[:, None], torch.arange(total)
+    seen = (j <= i) & (j >= first[:, None, None])
+    found = []
+    for t in range(total):
+        part = slice(t, t + 1)
+        reading = kv.update(keys[:, :, part], values[:, :, part])
+        mask = seen[:, None, part, : t + 1]
+        found.append(attend(query[:, :, part], reading, scale=SCALE, mask=mask))
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, part], *reading.dense(), attn_mask=mask, scale=SCALE, enable_gqa=True
+        )
+        # Without a window a token is read from its code at once, which `dense` has raw.
+        assert window == 0 or torch.allclose(found[-1], dense.nan_to_num(0.0), atol=2e-5)
+    decodeds = [decoded(kv, 0, keys), decoded(kv, 1, values)]
+    raw = rule_of_codes(total, window, sinks, first)
+    expected = oracle(query, [keys, decodeds[0]], [values, decodeds[1]], raw, seen)
+    assert (torch.cat(found, dim=2).double() - expected).abs().max() < 2e-5
+
+
 @given(chunks=CHUNKS, window=st.sampled_from([0, 5]), fixed=st.booleans(), masked=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_raw_rule_reads_new_tokens_raw(chunks, window, fixed, masked) -> None:

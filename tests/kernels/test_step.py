@@ -149,6 +149,16 @@ def check(kernel, chunks, before, window, sinks, padding, removed, fixed, rule, 
 
 @NEEDS_TRITON
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("padding", "sinks", "window"), [((0, 0), 3, 0), ((5, 7), 2, 4)])
+def test_before_outlier_channels_are_chosen(padding, sinks, window) -> None:
+    """While what left the window is sinks and padding alone, and after."""
+    codes = (((32, 4), (32, 3)),) * 2, "outlier"
+    before = 1 + max(padding)
+    check("gluon", [1] * 8, before, window, sinks, padding, 0, False, "codes", None, codes)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("on_cpu")
 def test_raw_tokens_of_16_bits_lose_nothing_to_it() -> None:
     """In fp16; Triton's interpreter knows no bf16 products, which the device's checks cover."""
     kv = PackedKV(*(vector_codec(D, ((D, 4),), seed=s) for s in (1, 2)), window=100, sinks=4)

@@ -152,7 +152,7 @@ def attend(
     )
     fixed = {name: 0 if tensor is not None else number for (name, tensor), number in
              zip(known.items(), (before, start), strict=True)}  # fmt: skip
-    coded = reading.keys.words[0].shape[2] > 0
+    coded = reading.coded_end > 0
     rotated = grouped
     if coded:
         # Before the raw tokens, so that the launch of the codes overlaps theirs.

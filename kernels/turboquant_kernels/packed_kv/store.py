@@ -126,18 +126,23 @@ class Reading:
     @property
     def coded_end(self) -> int:
         """A bound of the tokens that have codes, known on the host."""
+        # Sinks and padding have none, and from them alone no outlier channels are chosen.
+        if not (self.keys.codec.fitted and self.values.codec.fitted):
+            return 0
         return self.encoded if isinstance(self.encoded, int) else self.keys.scales[0].shape[-1]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, before + queries, D), all decoded: what codes save, spent."""
         start, tokens = int(self.raw_start), int(self.before) + self.queries
+        coded = min(start, self.coded_end)
         kept = (self.raw_tokens >= start).nonzero()[:, 0]
         halves = []
         for half, raw in ((self.keys, self.raw_keys), (self.values, self.raw_values)):
             out = raw.new_empty(*raw.shape[:2], tokens, raw.shape[-1])
+            out[:, :, coded:start] = 0.0
             step = 64 * BLOCK
-            for i in range(0, start, step):
-                part = slice(i, min(i + step, start))
+            for i in range(0, coded, step):
+                part = slice(i, min(i + step, coded))
                 terms = half.terms(part.start, part.stop)
                 rows = [term.whole().coefficients[:, :, None] for term in terms]
                 out[:, :, part] = half.codec.restore(rows)[:, :, 0].to(out.dtype)
