@@ -1,4 +1,7 @@
-"""Do the decode kernels compile to the machine code that their speed rests on? Without a device."""
+"""Do the decode kernels compile to the machine code that their speed rests on, and to PTX that is right?
+
+Without a device: the PTX of a small launch is run on the CPU, against float64.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +50,20 @@ RECORDED = {
     ("triton", "2", "2", 89, 128, 8, 65536): 1.63,
     ("triton", "4", "4", 90, 256, 4, 65536): 1.66,
     ("triton", "4", "4", 90, 64, 4, 65536): 2.39,
+    ("triton", "3.5", "3.5", 80, 128, 4, 65536): 1.80,
+    ("triton", "3.5", "3.5", 89, 128, 4, 65536): 1.87,
+    ("triton", "3.5", "3.5", 90, 128, 4, 65536): 1.75,
+    ("triton", "2.5", "2.5", 90, 128, 4, 65536): 1.63,
+    ("triton", "3.5-oblivious", "3.5-oblivious", 90, 128, 4, 65536): 1.52,
+    ("triton", "2.5-oblivious", "2.5-oblivious", 89, 128, 4, 65536): 1.38,
+    ("triton", "3.5", "2.5-oblivious", 90, 128, 4, 65536): 1.57,
+    ("triton", "3.5", "3.5", 80, 128, 8, 65536): 2.71,
+    ("triton", "4-prod", "4", 80, 128, 4, 65536): 2.2,
+    ("triton", "3-prod", "3", 90, 128, 4, 65536): 1.69,
 }
 SHARED = ("LDS", "STS", "LDSM", "STSM", "BAR", "ATOMS")
 LOCAL = ("LDL", "STL")
+TOLERANCE = 1e-4  # of sum p |v|
 
 
 def machine_code(*arguments: int | str) -> dict[str, Any]:
@@ -76,12 +90,30 @@ def test_instruction_budget(kernel):
         assert of_kinds(body, SHARED) == 0
         assert of_kinds(body, LOCAL) == 0
     assert found["sizes"]["LOCAL"] == 0
-    # At head_dim 256, words of the prologue are kept there that are read again between or after the loops.
-    assert found["sizes"]["STACK"] <= (128 if kernel[0] == "triton" and kernel[4] == 256 else 0)
+    # With queries of 256 coordinates, words of the prologue are kept there that are read again between or
+    # after the loops.
+    wide = kernel[4] * (2 if "prod" in kernel[1] else 1) == 256
+    assert found["sizes"]["STACK"] <= (128 if kernel[0] == "triton" and wide else 0)
     instructions = sum(found["loops"][0].values()) / found["elements"]
     assert instructions == pytest.approx(RECORDED[kernel], rel=0.1)
     # The warps' results meet in shared memory, after the loop: such instructions are seen where they are.
     assert of_kinds(found["whole"], SHARED) > 0
+    assert found["error"] < TOLERANCE
+    assert found["races"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        (("0x77777777", "0x76777777"), "error"),
+        (("0f4B000080", "0f4B000000"), "error"),
+        (("bar.sync", "griddepcontrol.wait"), "races"),
+    ],
+)
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+def test_a_fault_in_the_ptx_is_seen(kernel, fault, seen):
+    found = machine_code(kernel, "4", "4", 90, 128, 4, 65536, 0, *fault)
+    assert {"error": found["error"] > TOLERANCE, "races": bool(found["races"])}[seen]
 
 
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])

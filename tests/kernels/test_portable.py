@@ -12,7 +12,7 @@ import portable_on_cpu
 import pytest
 import torch
 from interpreted import NEEDS_TRITON
-from layers import TOLERANCE, Layer, dominant, error, normal, positive_levels
+from layers import SPLITS, TOLERANCE, WHOLE, Layer, dominant, error, normal, positive_levels
 from ptx import MASK, run_warp
 
 from turboquant_kernels.decode.unpack import level_table, unit_ptx
@@ -46,6 +46,31 @@ def off(attend_codes):
 )
 def test_random_codes(bits, dim, off):
     assert off(layer(900, bits, dim, heads=2), normal(1, 2, 4, dim), length=877) < TOLERANCE
+
+
+@pytest.mark.parametrize("keys", SPLITS)
+def test_two_runs_of_keys_and_of_values(keys, off):
+    """With one norm or two; beside whole codes on the other side too."""
+    query = normal(1, 2, 4, 128)
+    assert off(Layer.random(2, 500, SPLITS[keys]), query, length=477) < TOLERANCE
+    other = WHOLE[2] if "oblivious" in keys else SPLITS["3.5 outliers"]
+    assert off(Layer.random(2, 500, SPLITS[keys], other), query, length=477, softcap=3.0) < TOLERANCE
+    assert off(Layer.random(2, 500, other, SPLITS[keys]), query, length=477) < TOLERANCE
+
+
+def test_a_dominant_token_and_huge_values_in_two_runs(off):
+    assert off(*dominant(0.5, 2048, SPLITS["2.5 outliers"])) < TOLERANCE
+    made = Layer.random(1, 2048, SPLITS["3.5 outliers"])
+    made.values.norms[0][..., 1001] = 1e4
+    made.values.norms[1][..., 1002] = 1e4
+    assert off(made, normal(1, 1, 4, 128)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["table_of", "norm_of"])
+def test_what_belongs_to_the_other_run_is_seen(name, off, monkeypatch):
+    portable = sys.modules["turboquant_kernels.decode.portable"]
+    monkeypatch.setattr(portable, name, lambda runs, number: 0)
+    assert off(Layer.random(1, 300, SPLITS["nominal 2.5"]), normal(1, 1, 4, 128)) > TOLERANCE
 
 
 @pytest.mark.parametrize(("bits", "dim"), [((3, 3), 64), ((1, 2), 64), ((3, 1), 64)])
@@ -149,7 +174,7 @@ def test_one_wrong_selector_is_seen(bits, off, monkeypatch):
     assert off(layer(300, (bits, bits), 64), normal(1, 1, 4, 64), warps=4) > TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "by"), [("_LOG2_FIXED", 1.0), ("_TO_FIXED", -128.0)])
+@pytest.mark.parametrize(("name", "by"), [("LOG2_FIXED", 1.0), ("TO_FIXED", -128.0)])
 def test_a_fault_in_the_fixed_point_is_seen(name, by, off, monkeypatch):
     portable = sys.modules["turboquant_kernels.decode.portable"]
     monkeypatch.setattr(portable, name, getattr(portable, name).value + by)

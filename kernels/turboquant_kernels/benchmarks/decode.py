@@ -12,6 +12,7 @@ must read; the copy's counts bytes read and written.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -328,7 +329,7 @@ def checks(quick: bool, kernel: Kernel) -> dict[str, Callable[[], float]]:
     for form in ("2", "2.5-oblivious", "4-prod"):
         cases[f"{form} dominant"] = partial(dominant, form, 0.5, 32768)
         cases[f"{form} one million"] = partial(equal, form, 1 << 20)
-    cases = {f"{kernel}, {name}": check for name, check in cases.items() if _reads(kernel, *check.args)}
+    cases = {f"{kernel}, {name}": check for name, check in cases.items()}
     if quick:
         return dict(itertools.islice(cases.items(), 0, None, 4))
     return dict(cases)
@@ -402,15 +403,9 @@ ARMS = [(form, form.removesuffix("-prod")) for form in FORMS if form != "1"]
 ARMS += [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]
 
 
-def _reads(kernel: Kernel, *forms: object) -> bool:
-    """Whether the kernel reads codes that are kept so: plain Triton reads one run alone."""
-    names = [form for form in forms if isinstance(form, str)]
-    return kernel == "gluon" or all(len(FORMS[name]) == 1 for name in names if name in FORMS)
-
-
-def arms(shape: Shape, kernel: Kernel) -> list[tuple[str, str]]:
-    """What keys and values are kept as, where the kernel can read it: runs are multiples of 32 wide."""
-    return [pair for pair in ARMS if _reads(kernel, *pair) and (shape.dim > 64 or "." not in "".join(pair))]
+def arms(shape: Shape) -> list[tuple[str, str]]:
+    """What keys and values are kept as, where the kernels can read it: runs are multiples of 32 wide."""
+    return [pair for pair in ARMS if shape.dim > 64 or "." not in "".join(pair)]
 
 
 def mean_bits(form: str) -> float:
@@ -457,8 +452,7 @@ def build(job: Job, capability: tuple[int, int]) -> str | None:
     dependents = capability >= (9, 0)
     try:
         source = source_of(kernel, keys, values, dim, how, softcap=softcap, dependents=dependents)
-        overlaps = dependents and kernel == "gluon"
-        options = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": overlaps}
+        options = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": dependents}
         target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
         triton.compile(source, target=target, options=options)
     except Exception as problem:
@@ -477,13 +471,10 @@ def source_of(
         "SOFTCAP": softcap,
         "DEPENDENTS": dependents,
     }
-    if kernel == "gluon":
-        from turboquant_kernels.decode import sm90
-
-        return sm90.source_for(**runs_of(keys, values, dim), **rest)
-    from turboquant_kernels.decode import portable
-
-    return portable.source_for(KEY_BITS=int(keys), VALUE_BITS=int(values), UNITS=dim // 32, **rest)
+    module = importlib.import_module(
+        f"turboquant_kernels.decode.{'sm90' if kernel == 'gluon' else 'portable'}"
+    )
+    return module.source_for(**runs_of(keys, values, dim), **rest)
 
 
 def runs_of(keys: str, values: str, dim: int) -> dict[str, object]:
@@ -531,7 +522,7 @@ def main(arguments: list[str] | None = None) -> int:
         (kernel, k, v, shape.dim, how, False)
         for kernel in kernels
         for shape in shapes
-        for k, v in arms(shape, kernel)
+        for k, v in arms(shape)
         for how in settings(shape, k, v, kernel)
     }
     checked = [
@@ -543,7 +534,6 @@ def main(arguments: list[str] | None = None) -> int:
         for kernel in kernels
         for shape in checked
         for form in FORMS
-        if _reads(kernel, form)
         for cap in (False, True)
         if shape.dim > 64 or "." not in form
         if form != "1" or shape == checked[0]
@@ -605,7 +595,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         lines.append(headline)
         shown.append(headline)
-        for kernel, k, v in [(each, *pair) for each in kernels for pair in arms(shape, each)]:
+        for kernel, k, v in [(each, *pair) for each in kernels for pair in arms(shape)]:
             found: list[tuple[float, int, str]] = []
             for number, how in enumerate(settings(shape, k, v, kernel)):
                 if time.monotonic() - began > chosen.seconds:

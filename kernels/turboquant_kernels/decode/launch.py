@@ -74,7 +74,7 @@ def settings_for(
             registers = 128
     elif queries == 4:
         subs = 2 if short or bits < 4 else 1
-        registers = 160 if kernel == "triton" or (short and bits > 2) else 128
+        registers = 160 if short and bits > 2 else 128
     elif queries == 8:
         subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
     elif head_dim == 128 and (short or bits % 1):
@@ -85,6 +85,9 @@ def settings_for(
     if sketched and queries > 4:
         # A query has twice the coordinates, which registers hold: more rows at once do not fit.
         queries, subs, registers = 8, 1, 255 if head_dim == 256 else 160
+    if kernel == "triton":
+        # The most with which three programs fit a multiprocessor, or two.
+        registers = max(registers, 224 if sketched and head_dim == 256 else 168)
     return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
 
 
@@ -127,7 +130,7 @@ def attend_codes(
         first: (B,) int64: padding tokens of each row.
         softcap: c of c tanh(s / c).
         raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place.
-        kernel: "gluon" (`sm90`) or "triton" (`portable`), which reads one run of each.
+        kernel: "gluon" (`sm90`) or "triton" (`portable`).
         assembly: False in Triton's interpreter, which knows no PTX: "triton" then looks codes up by plain
             operations.
         settings: How to cut the work.
@@ -151,30 +154,25 @@ def attend_codes(
     sums = torch.empty(batch, heads, splits, rows, 2, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
     grid = (splits, batch * heads, -(-rows // how.queries))
-    sizes = (blocks, splits, heads, rows, queries_per_head, skipped, length, moving, floor)
-    score_scale, cap = softmax_scale * LOG2_E / keys.units[0], (softcap or 0.0) * LOG2_E
+    key_runs, value_runs, tables = kernel_runs(keys, values)
+    found = (
+        query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
+        table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, blocks, splits,
+        heads, rows, queries_per_head, skipped, length, moving, floor, softmax_scale * LOG2_E / keys.units[0],
+        keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], (softcap or 0.0) * LOG2_E,
+    )  # fmt: skip
     dependents = _dependent_launches(query.device)
+    constants: dict[str, object] = {
+        "KEYS": key_runs, "VALUES": value_runs, "QUERIES": how.queries, "SUBS": how.subs, "WARPS": how.warps,
+        "SOFTCAP": softcap is not None, "DEPENDENTS": dependents, "num_warps": how.warps,
+        "maxnreg": how.registers, "launch_pdl": dependents,
+    }  # fmt: skip
     if kernel == "gluon":
         from turboquant_kernels.decode.sm90 import attend_splits
 
-        key_runs, value_runs, tables = kernel_runs(keys, values)
-        attend_splits[grid](
-            query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
-            table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, *sizes,
-            score_scale, keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], cap,
-            KEYS=key_runs, VALUES=value_runs, QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
-            SOFTCAP=softcap is not None, DEPENDENTS=dependents, num_warps=how.warps, maxnreg=how.registers,
-            launch_pdl=dependents,
-        )  # fmt: skip
+        attend_splits[grid](*found, **constants)
     else:
-        tables = tuple((side.levels[0], side.bits[0]) for side in (keys, values))
-        attend_splits_plainly[grid](
-            query, keys.words[0], values.words[0], keys.norms[0], values.norms[0],
-            table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, *sizes,
-            score_scale, cap, KEY_BITS=keys.bits[0], VALUE_BITS=values.bits[0], UNITS=dim // 32,
-            QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps, SOFTCAP=softcap is not None,
-            DEPENDENTS=dependents, ASM=assembly, num_warps=how.warps, maxnreg=how.registers,
-        )  # fmt: skip
+        attend_splits_plainly[grid](*found, **constants, ASM=assembly)
     combine(partial, sums, out, 1 / values.units[0], raw)
     return out
 

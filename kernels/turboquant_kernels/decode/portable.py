@@ -17,27 +17,37 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
+from turboquant_kernels.decode.shared import (
+    FIXED,
+    HEADROOM,
+    LOG2_FIXED,
+    LOWEST,
+    SIZES,
+    TO_FIXED,
+    TO_WHOLE,
+    TO_WHOLE_BITS,
+    all_units,
+    bits_of,
+    count_of,
+    is_relative,
+    norm_of,
+    norms_of,
+    run_of,
+    signature,
+    table_loads,
+    table_of,
+    units_of,
+)
 from turboquant_kernels.decode.unpack import unit_ptx
 
 __all__ = ["attend_splits", "source_for"]
 
-# What these are, `sm90` says, where they have the same names.
-_FIXED = tl.constexpr(32512.0)
-_LOG2_FIXED = tl.constexpr(14.988684686772166)
-_TO_FIXED = tl.constexpr(8388608.0 + 128.0)
-_TO_WHOLE = tl.constexpr(12582912.0)
-_TO_WHOLE_BITS = tl.constexpr(0x4B400000)
-_HEADROOM = tl.constexpr(36.0)
-_LOWEST = tl.constexpr(-1.0e30)
 # A positive float's bits, as a number, are 2^23 times (its logarithm + 127), less at most 0.0861.
 _LOG2_OF_BITS = tl.constexpr(2.0**-23)
 _LOG2_BIAS = tl.constexpr(127.0 - 0.0861)
 
 _UNIT_PTX = tl.constexpr({bits: unit_ptx(bits) for bits in (1, 2, 3, 4)})
 _QUADS = tl.constexpr((tl.int32,) * 8)
-
-# One compiled kernel for all sizes.
-_SIZES = ["blocks", "splits", "heads", "rows", "queries_per_head", "skipped", "length", "moving", "floor"]
 
 
 @triton.constexpr_function
@@ -67,6 +77,15 @@ def _load_words(base, block, BITS: tl.constexpr, UNITS: tl.constexpr):
 
 
 @triton.jit
+def _load_block(first, second, block, RUNS: tl.constexpr):
+    """Each warp's words of its block, run by run."""
+    words = (_load_words(first, block, bits_of(RUNS, 0), units_of(RUNS, 0)),)
+    if count_of(RUNS) == 2:
+        words = words + (_load_words(second, block, bits_of(RUNS, 1), units_of(RUNS, 1)),)
+    return words
+
+
+@triton.jit
 def _lane_words(loads, WORDS: tl.constexpr, WARPS: tl.constexpr):
     """Loads -> the words of a lane, each a tensor [warp, lane]."""
     words = ()
@@ -80,6 +99,15 @@ def _lane_words(loads, WORDS: tl.constexpr, WARPS: tl.constexpr):
         words = words + (first, second)
     if WORDS % 2 == 1:
         words = words + (loads[WORDS // 4 + WORDS % 4 // 2],)
+    return words
+
+
+@triton.jit
+def _block_words(loads, RUNS: tl.constexpr, WARPS: tl.constexpr):
+    """The loads of a block -> the words of a lane, run by run."""
+    words = (_lane_words(loads[0], bits_of(RUNS, 0) * units_of(RUNS, 0), WARPS),)
+    if count_of(RUNS) == 2:
+        words = words + (_lane_words(loads[1], bits_of(RUNS, 1) * units_of(RUNS, 1), WARPS),)
     return words
 
 
@@ -143,9 +171,13 @@ def _opaque(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def _levels(words, low, high, UNIT: tl.constexpr, BITS: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr):
+def _levels(words, tables, UNIT: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr):
     """A unit's levels [warp, row 8 i + r, column 16 h + 4 c + b]: a left operand."""
-    quads = _quads(words, low, high, UNIT * BITS, BITS, ASM)
+    RUN: tl.constexpr = run_of(RUNS, UNIT)
+    BITS: tl.constexpr = bits_of(RUNS, RUN)
+    TABLE: tl.constexpr = table_of(RUNS, RUN)
+    FIRST: tl.constexpr = BITS * (UNIT - RUN * units_of(RUNS, 0))
+    quads = _quads(words[RUN], tables[2 * TABLE], tables[2 * TABLE + 1], FIRST, BITS, ASM)
     bytes_ = _four(
         quads.to(tl.int8), (quads >> 8).to(tl.int8), (quads >> 16).to(tl.int8), (quads >> 24).to(tl.int8)
     )
@@ -161,10 +193,14 @@ def _whole(product, QUERIES: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_norms(base, block):
+def _load_norms(first, second, block, RUNS: tl.constexpr):
     """Norms of each warp's block [warp, 16 r + 4 c + i]: of token 4 r + i, once for each c."""
     place = tl.arange(0, 128)
-    return tl.load(base + (block * 32)[:, None] + (place // 16 * 4 + place % 4)[None, :])
+    at = (block * 32)[:, None] + (place // 16 * 4 + place % 4)[None, :]
+    norms = (tl.load(first + at),)
+    if norms_of(RUNS) == 2:
+        norms = norms + (tl.load(second + at),)
+    return norms
 
 
 @triton.jit
@@ -182,49 +218,62 @@ def _in_lane(x, QUERIES: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_step(key_words, key_norms, value_norms, step, last, KEY_BITS: tl.constexpr, UNITS: tl.constexpr,
-               SUBS: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
-    """Key words, and norms of keys and values, of each warp's blocks; beyond the last block, of the last."""
-    keys = ()
+def _blocks(step, sub: tl.constexpr, last, SUBS: tl.constexpr, WARPS: tl.constexpr):
+    """Each warp's block of a step; beyond the last block, the last."""
+    return tl.minimum((step * SUBS + sub) * WARPS + tl.arange(0, WARPS), last)
+
+
+@triton.jit
+def _load_words_of_step(
+    first, second, step, last, RUNS: tl.constexpr, SUBS: tl.constexpr, WARPS: tl.constexpr
+):
+    """Key words, or value words, of each warp's blocks."""
+    words = ()
+    for sub in tl.static_range(SUBS):
+        words = words + (_load_block(first, second, _blocks(step, sub, last, SUBS, WARPS), RUNS),)
+    return words
+
+
+@triton.jit
+def _load_norms_of_step(key_norms, more_key_norms, value_norms, more_value_norms, step, last, KEYS: tl.constexpr,
+                        VALUES: tl.constexpr, SUBS: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """Norms of the keys and of the values of each warp's blocks."""
     norms = ()
     for sub in tl.static_range(SUBS):
-        block = tl.minimum((step * SUBS + sub) * WARPS + tl.arange(0, WARPS), last)
-        keys = keys + (_load_words(key_words, block, KEY_BITS, UNITS),)
-        norms = norms + ((_load_norms(key_norms, block), _load_norms(value_norms, block)),)
-    return keys, norms
+        block = _blocks(step, sub, last, SUBS, WARPS)
+        norms = norms + ((
+            _load_norms(key_norms, more_key_norms, block, KEYS),
+            _load_norms(value_norms, more_value_norms, block, VALUES),
+        ),)  # fmt: skip
+    return norms
 
 
 @triton.jit
-def _load_values(value_words, step, last, VALUE_BITS: tl.constexpr, UNITS: tl.constexpr, SUBS: tl.constexpr,
-                 WARPS: tl.constexpr):  # fmt: skip
-    values = ()
-    for sub in tl.static_range(SUBS):
-        block = tl.minimum((step * SUBS + sub) * WARPS + tl.arange(0, WARPS), last)
-        values = values + (_load_words(value_words, block, VALUE_BITS, UNITS),)
-    return values
+def _query_operands(q_ptr, left, score_scale, ratio, RUNS: tl.constexpr, NORM: tl.constexpr, QUERIES: tl.constexpr,
+                    WARPS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Rotated queries -> right operands of 16-bit fixed point, what the halves add, and the scale of a score.
 
-
-@triton.jit
-def _query_operands(q_ptr, left, score_scale, QUERIES: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
-                    ASM: tl.constexpr):  # fmt: skip
-    """Rotated queries -> right operands of 16-bit fixed point, what the halves add, and the scale of a score."""
+    Of the units that share norm NORM, and a fixed-point scale."""
+    UNITS: tl.constexpr = all_units(RUNS)
     query = tl.arange(0, QUERIES)[None, :]
     dim = tl.arange(0, 32)[:, None]
     floats = ()
     largest = tl.full([QUERIES], 1e-30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     for unit in tl.static_range(UNITS):
-        x = tl.load(q_ptr + query * (32 * UNITS) + (32 * unit + dim), mask=query < left, other=0.0).to(
-            tl.float32
-        )
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
-        total += tl.sum(x, 0)
-        floats = floats + (x,)
-    inverse = (1.0 / largest * _FIXED)[None, :]
+        if norm_of(RUNS, unit) == NORM:
+            at = q_ptr + query * (32 * UNITS) + (32 * unit + dim)
+            x = tl.load(at, mask=query < left, other=0.0).to(tl.float32)
+            if run_of(RUNS, unit) == 1:
+                x = x * ratio
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
+            total += tl.sum(x, 0)
+            floats = floats + (x,)
+    inverse = (1.0 / largest * FIXED)[None, :]
     operands = ()
     sums = tl.zeros([QUERIES], tl.int32)
-    for unit in tl.static_range(UNITS):
-        whole = (floats[unit] * inverse + _TO_WHOLE).to(tl.int32, bitcast=True) - _TO_WHOLE_BITS
+    for unit in tl.static_range(len(floats)):
+        whole = (floats[unit] * inverse + TO_WHOLE).to(tl.int32, bitcast=True) - TO_WHOLE_BITS
         high = (whole + 128) >> 8
         both = tl.reshape(tl.join(high.to(tl.int8), (whole - (high << 8)).to(tl.int8)), [32, 2 * QUERIES])
         operands = operands + (tl.broadcast_to(_opaque(both, ASM)[None, :, :], [WARPS, 32, 2 * QUERIES]),)
@@ -232,37 +281,55 @@ def _query_operands(q_ptr, left, score_scale, QUERIES: tl.constexpr, UNITS: tl.c
     halves = tl.reshape(tl.join(sums & 0, (sums + 1) >> 1), [1, 1, 2 * QUERIES])
     halves = tl.broadcast_to(halves, [WARPS, 32, 2 * QUERIES])
     # A query with NaN or infinity in it has no scores: 0 * total carries that into every one of them.
-    scale = largest * (score_scale / _FIXED) + 0.0 * total
+    scale = largest * (score_scale / FIXED) + 0.0 * total
     return operands, halves, scale
 
 
 @triton.jit
-def _score_phase(words, norms, query, halves, scale, tables, step, start, limit, softcap,
-                 BITS: tl.constexpr, UNITS: tl.constexpr, QUERIES: tl.constexpr, SUBS: tl.constexpr,
+def _score_phase(words, norms, query, halves, scales, tables, step, start, limit, softcap,
+                 KEYS: tl.constexpr, VALUES: tl.constexpr, QUERIES: tl.constexpr, SUBS: tl.constexpr,
                  WARPS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Scores of a step, and for each query row a bound of log2(p |v|) among them."""
-    scale3 = scale[None, None, :]
+    """Scores of a step, and for each query row a bound of log2(p |v|) among them.
+
+    With a softcap or two norms the scores are in units of log2, without they lack their scale."""
+    NORMS: tl.constexpr = norms_of(KEYS)
+    SCALED: tl.constexpr = SOFTCAP or NORMS == 2
     scores = ()
     peak = tl.full([WARPS, QUERIES], float("-inf"), tl.float32)
     for sub in tl.static_range(SUBS):
-        lane_words = _lane_words(words[sub], BITS * UNITS, WARPS)
-        product = halves
-        for unit in tl.static_range(UNITS):
-            levels = _levels(lane_words, tables[0], tables[1], unit, BITS, WARPS, ASM)
-            product = tl.dot(levels, query[unit], product, out_dtype=tl.int32)
-        score = _whole(product, QUERIES, WARPS) * _by_row(norms[sub][0], QUERIES, WARPS)
+        lane_words = _block_words(words[sub], KEYS, WARPS)
+        parts = ()
+        for norm in tl.static_range(NORMS):
+            product = halves[norm]
+            for unit in tl.static_range(all_units(KEYS)):
+                if norm_of(KEYS, unit) == norm:
+                    levels = _levels(lane_words, tables, unit, KEYS, WARPS, ASM)
+                    product = tl.dot(levels, query[unit], product, out_dtype=tl.int32)
+            part = _whole(product, QUERIES, WARPS) * _by_row(norms[sub][0][norm], QUERIES, WARPS)
+            if is_relative(KEYS, norm):
+                part = part * _by_row(norms[sub][0][0], QUERIES, WARPS)
+            if SCALED:
+                part = part * scales[norm][None, None, :]
+            parts = parts + (part,)
+        score = parts[0]
+        if NORMS == 2:
+            score = score + parts[1]
         if SOFTCAP:
             # cap * tanh(x / cap), in units of log2: tanh(y) = 1 - 2 / (1 + e^(2 y)).
-            score = score * scale3
             score = softcap - 2.0 * softcap / (1.0 + tl.exp2(score * (2.8853900817779268 / softcap)))
         if MASK:
             row = tl.arange(0, 32)[None, :, None]
             warp = tl.arange(0, WARPS)[:, None, None]
             token = ((step * SUBS + sub) * WARPS + warp) * 32 + row % 8 * 4 + row // 8
             score = tl.where((token >= start) & (token < limit[None, None, :]), score, float("-inf"))
-        bits = _by_row(norms[sub][1], QUERIES, WARPS).to(tl.int32, bitcast=True)
+        longest = _by_row(norms[sub][1][0], QUERIES, WARPS)
+        if norms_of(VALUES) == 2:
+            longest = tl.maximum(longest, _by_row(norms[sub][1][1], QUERIES, WARPS))
+        bits = longest.to(tl.int32, bitcast=True)
         logs = bits.to(tl.float32) * _LOG2_OF_BITS - _LOG2_BIAS
-        peak = tl.maximum(peak, tl.max(score + logs if SOFTCAP else score * scale3 + logs, 1))
+        peak = tl.maximum(
+            peak, tl.max(score + logs if SCALED else score * scales[0][None, None, :] + logs, 1)
+        )
         scores = scores + (score,)
     return scores, peak
 
@@ -270,77 +337,95 @@ def _score_phase(words, norms, query, halves, scale, tables, step, start, limit,
 @triton.jit
 def _probability_operand(pv, QUERIES: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr):
     """[warp, token, query row] fixed-point numbers as floats -> right operand [warp, column of V, byte of row]."""
-    bits = (pv + _TO_FIXED).to(tl.int32, bitcast=True)
+    bits = (pv + TO_FIXED).to(tl.int32, bitcast=True)
     x = tl.join((bits >> 8).to(tl.int8), (bits ^ 128).to(tl.int8))
     x = tl.reshape(x, [WARPS, 2, 2, 4, 2, 2 * QUERIES])  # warp, h, b % 2, c, b // 2, byte of row
     return _opaque(tl.reshape(tl.permute(x, [0, 1, 3, 4, 2, 5]), [WARPS, 32, 2 * QUERIES]), ASM)
 
 
 @triton.jit
-def _output_phase(words, scores, norms, peak, state, scale, tables, BITS: tl.constexpr, UNITS: tl.constexpr,
-                  QUERIES: tl.constexpr, SUBS: tl.constexpr, WARPS: tl.constexpr, MASK: tl.constexpr,
-                  SOFTCAP: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+def _output_phase(words, scores, norms, peak, state, scale, tables, VALUES: tl.constexpr, QUERIES: tl.constexpr,
+                  SUBS: tl.constexpr, WARPS: tl.constexpr, MASK: tl.constexpr, SCALED: tl.constexpr,
+                  ASM: tl.constexpr):  # fmt: skip
     """Fold a step into the state: the highest peak, the sums' reference, and the sums p, p |v| and p |v| L."""
+    NORMS: tl.constexpr = norms_of(VALUES)
     highest, reference, weights, lengths, outputs = state
     highest = tl.maximum(highest, peak)
-    moved = tl.maximum(peak, highest - _HEADROOM) - _LOG2_FIXED
+    moved = tl.maximum(peak, highest - HEADROOM) - LOG2_FIXED
     keep = tl.exp2(reference - moved)[:, None, :]
     weights = weights * keep
-    lengths = lengths * keep
+    sums = ()
+    for norm in tl.static_range(NORMS):
+        sums = sums + (lengths[norm] * keep,)
     operands = ()
     for sub in tl.static_range(SUBS):
-        if SOFTCAP:
+        if SCALED:
             p = tl.exp2(scores[sub] - moved[:, None, :])
         else:
             p = tl.exp2(scores[sub] * scale[None, None, :] - moved[:, None, :])
-        pv = p * _by_row(norms[sub][1], QUERIES, WARPS)
-        if MASK:
-            pv = tl.where(p > 0.0, pv, 0.0)  # what is not seen may have any norm, NaN too
-        operands = operands + (_probability_operand(pv, QUERIES, WARPS, ASM),)
         weights += _in_lane(p, QUERIES, WARPS)
-        lengths += _in_lane(pv, QUERIES, WARPS)
+        fixed = ()
+        added = ()
+        for norm in tl.static_range(NORMS):
+            pv = p * _by_row(norms[sub][1][norm], QUERIES, WARPS)
+            if MASK:
+                pv = tl.where(p > 0.0, pv, 0.0)  # what is not seen may have any norm, NaN too
+            fixed = fixed + (_probability_operand(pv, QUERIES, WARPS, ASM),)
+            added = added + (sums[norm] + _in_lane(pv, QUERIES, WARPS),)
+        operands = operands + (fixed,)
+        sums = added
     values = ()
     for sub in tl.static_range(SUBS):
-        values = values + (_lane_words(words[sub], BITS * UNITS, WARPS),)
+        values = values + (_block_words(words[sub], VALUES, WARPS),)
     folded = ()
-    for unit in tl.static_range(UNITS):
+    for unit in tl.static_range(all_units(VALUES)):
         product = tl.zeros([WARPS, 32, 2 * QUERIES], tl.int32)
         for sub in tl.static_range(SUBS):
-            levels = _levels(values[sub], tables[2], tables[3], unit, BITS, WARPS, ASM)
-            product = tl.dot(levels, operands[sub], product, out_dtype=tl.int32)
+            levels = _levels(values[sub], tables, unit, VALUES, WARPS, ASM)
+            product = tl.dot(levels, operands[sub][norm_of(VALUES, unit)], product, out_dtype=tl.int32)
         folded = folded + (outputs[unit] * keep + _whole(product, QUERIES, WARPS),)
-    return highest, moved, weights, lengths, folded
+    return highest, moved, weights, sums, folded
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def attend_splits(
-    q_ptr, key_words, value_words, key_norms, value_norms, table_ptr, first_ptr, length_ptr, floor_ptr,
-    partial_ptr, sums_ptr, blocks, splits, heads, rows, queries_per_head, skipped, length, moving, floor, score_scale, softcap,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, UNITS: tl.constexpr, QUERIES: tl.constexpr,
-    SUBS: tl.constexpr, WARPS: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENTS: tl.constexpr, ASM: tl.constexpr,
+    q_ptr, key_words, more_key_words, value_words, more_value_words, key_norms, more_key_norms, value_norms,
+    more_value_norms, tables_ptr, first_ptr, length_ptr, floor_ptr, partial_ptr, sums_ptr, blocks, splits, heads,
+    rows, queries_per_head, skipped, length, moving, floor, score_scale, key_ratio, value_ratio, softcap,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, QUERIES: tl.constexpr, SUBS: tl.constexpr, WARPS: tl.constexpr,
+    SOFTCAP: tl.constexpr, DEPENDENTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Attention of one split of one head's codes, for up to QUERIES query rows that share the head.
 
-    Program (split, batch * heads + head, group of query rows). Other arguments are as those of
-    `sm90.attend_splits`, whose codes come in one run here.
+    Program (split, batch * heads + head, group of query rows). Arguments are those of `sm90.attend_splits`.
 
     Args:
-        KEY_BITS: Bits a key code, 1..4.
-        VALUE_BITS: Bits a value code, 1..4.
-        UNITS: head_dim / 32.
         ASM: Whether codes are looked up by PTX instructions; else by plain operations, for the interpreter
             alone (see `_opaque`).
     """
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_wait()
+    UNITS: tl.constexpr = all_units(VALUES)
     DIM: tl.constexpr = 32 * UNITS
+    KEY_DIM: tl.constexpr = 32 * all_units(KEYS)
+    SCALED: tl.constexpr = SOFTCAP or norms_of(KEYS) == 2
     STEP: tl.constexpr = 32 * SUBS * WARPS
     split = tl.program_id(0)
     head = tl.program_id(1)
     first_row = tl.program_id(2) * QUERIES
     base = head.to(tl.int64) * blocks
-    key_words += base * (DIM * KEY_BITS)
-    value_words += base * (DIM * VALUE_BITS)
+    key_words += base * (32 * units_of(KEYS, 0) * bits_of(KEYS, 0))
+    value_words += base * (32 * units_of(VALUES, 0) * bits_of(VALUES, 0))
     key_norms += base * 32
     value_norms += base * 32
+    if count_of(KEYS) == 2:
+        more_key_words += base * (32 * units_of(KEYS, 1) * bits_of(KEYS, 1))
+    if count_of(VALUES) == 2:
+        more_value_words += base * (32 * units_of(VALUES, 1) * bits_of(VALUES, 1))
+    if norms_of(KEYS) == 2:
+        more_key_norms += base * 32
+    if norms_of(VALUES) == 2:
+        more_value_norms += base * 32
     start = skipped
     if first_ptr is not None:
         start += tl.load(first_ptr + head // heads).to(tl.int32)
@@ -362,56 +447,64 @@ def attend_splits(
     first_full = tl.minimum(tl.maximum((start + STEP - 1) // STEP, begin), end)
     end_full = tl.maximum(tl.minimum(tl.maximum(length, floor) // STEP, end), first_full)
 
-    keys, norms = _load_step(
-        key_words, key_norms, value_norms, first_full, last, KEY_BITS, UNITS, SUBS, WARPS
-    )
+    keys = _load_words_of_step(key_words, more_key_words, first_full, last, KEYS, SUBS, WARPS)
+    norms = _load_norms_of_step(key_norms, more_key_norms, value_norms, more_value_norms, first_full, last, KEYS,
+                                VALUES, SUBS, WARPS)  # fmt: skip
     lanes = tl.arange(0, 128)[None, :] + tl.zeros([WARPS, 128], tl.int32)
-    tables = _lane_words((tl.load(table_ptr + lanes),), 4, WARPS)
+    loads = ()
+    for k in tl.static_range(table_loads(KEYS, VALUES)):
+        loads = loads + (tl.load(tables_ptr + 128 * k + lanes),)
+    tables = _lane_words(loads, 4 * table_loads(KEYS, VALUES), WARPS)
     left = rows - first_row
-    q_operands, halves, scale = _query_operands(
-        q_ptr + (head * rows + first_row) * DIM, left, score_scale, QUERIES, UNITS, WARPS, ASM
-    )
+    operands = ()
+    halves = ()
+    scales = ()
+    for norm in tl.static_range(norms_of(KEYS)):
+        made, half, scale = _query_operands(
+            q_ptr + (head * rows + first_row) * KEY_DIM, left, score_scale, key_ratio, KEYS, norm, QUERIES, WARPS, ASM
+        )  # fmt: skip
+        operands = operands + made
+        halves = halves + (half,)
+        scales = scales + (scale,)
     outputs = ()
     for _ in tl.static_range(UNITS):
         outputs = outputs + (tl.zeros([WARPS, 32, QUERIES], tl.float32),)
+    lengths = ()
+    for _ in tl.static_range(norms_of(VALUES)):
+        lengths = lengths + (tl.zeros([WARPS, 8, QUERIES], tl.float32),)
     state = (
-        tl.full([WARPS, QUERIES], _LOWEST, tl.float32),
-        tl.full([WARPS, QUERIES], _LOWEST, tl.float32),
+        tl.full([WARPS, QUERIES], LOWEST, tl.float32),
+        tl.full([WARPS, QUERIES], LOWEST, tl.float32),
         tl.zeros([WARPS, 8, QUERIES], tl.float32),
-        tl.zeros([WARPS, 8, QUERIES], tl.float32),
+        lengths,
         outputs,
     )
 
     # One stage: words go to registers, as soon as the step before needs theirs no more.
     for step in tl.range(first_full, end_full, num_stages=1):
-        values = _load_values(value_words, step, last, VALUE_BITS, UNITS, SUBS, WARPS)
+        values = _load_words_of_step(value_words, more_value_words, step, last, VALUES, SUBS, WARPS)
         now = norms
-        scores, peak = _score_phase(keys, now, q_operands, halves, scale, tables, step, start, limit, softcap,
-                                    KEY_BITS, UNITS, QUERIES, SUBS, WARPS, False, SOFTCAP, ASM)  # fmt: skip
-        keys, norms = _load_step(
-            key_words,
-            key_norms,
-            value_norms,
-            tl.minimum(step + 1, end_full - 1),
-            last,
-            KEY_BITS,
-            UNITS,
-            SUBS,
-            WARPS,
-        )
-        state = _output_phase(values, scores, now, peak, state, scale, tables, VALUE_BITS, UNITS, QUERIES, SUBS, WARPS,
-                              False, SOFTCAP, ASM)  # fmt: skip
+        scores, peak = _score_phase(keys, now, operands, halves, scales, tables, step, start, limit, softcap,
+                                    KEYS, VALUES, QUERIES, SUBS, WARPS, False, SOFTCAP, ASM)  # fmt: skip
+        following = tl.minimum(step + 1, end_full - 1)
+        keys = _load_words_of_step(key_words, more_key_words, following, last, KEYS, SUBS, WARPS)
+        norms = _load_norms_of_step(key_norms, more_key_norms, value_norms, more_value_norms, following, last,
+                                    KEYS, VALUES, SUBS, WARPS)  # fmt: skip
+        state = _output_phase(values, scores, now, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
+                              False, SCALED, ASM)  # fmt: skip
 
     # The few steps at either end whose tokens are not all visible.
     before = first_full - begin
     for index in tl.range(0, before + end - end_full, num_stages=1):
         step = tl.where(index < before, begin + index, end_full + index - before)
-        keys, norms = _load_step(key_words, key_norms, value_norms, step, last, KEY_BITS, UNITS, SUBS, WARPS)
-        values = _load_values(value_words, step, last, VALUE_BITS, UNITS, SUBS, WARPS)
-        scores, peak = _score_phase(keys, norms, q_operands, halves, scale, tables, step, start, limit, softcap,
-                                    KEY_BITS, UNITS, QUERIES, SUBS, WARPS, True, SOFTCAP, ASM)  # fmt: skip
-        state = _output_phase(values, scores, norms, peak, state, scale, tables, VALUE_BITS, UNITS, QUERIES, SUBS,
-                              WARPS, True, SOFTCAP, ASM)  # fmt: skip
+        keys = _load_words_of_step(key_words, more_key_words, step, last, KEYS, SUBS, WARPS)
+        norms = _load_norms_of_step(key_norms, more_key_norms, value_norms, more_value_norms, step, last, KEYS,
+                                    VALUES, SUBS, WARPS)  # fmt: skip
+        values = _load_words_of_step(value_words, more_value_words, step, last, VALUES, SUBS, WARPS)
+        scores, peak = _score_phase(keys, norms, operands, halves, scales, tables, step, start, limit, softcap,
+                                    KEYS, VALUES, QUERIES, SUBS, WARPS, True, SOFTCAP, ASM)  # fmt: skip
+        state = _output_phase(values, scores, norms, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
+                              True, SCALED, ASM)  # fmt: skip
 
     if DEPENDENTS:
         tl.extra.cuda.gdc_launch_dependents()
@@ -419,33 +512,28 @@ def attend_splits(
     _, reference, weights, lengths, outputs = state
     top = tl.max(reference, 0)
     share = tl.exp2(reference - top[None, :])
-    half = 0.5 * tl.sum(lengths, 1)
+    halves = ()
+    for norm in tl.static_range(norms_of(VALUES)):
+        halves = halves + (0.5 * tl.sum(lengths[norm], 1),)
     row = (head * splits + split) * rows + first_row + query
     dim = tl.arange(0, 32)[:, None]
     for unit in tl.static_range(UNITS):
-        merged = tl.sum((outputs[unit] + half[:, None, :]) * share[:, None, :], 0)
+        half = halves[norm_of(VALUES, unit)][:, None, :]
+        merged = tl.sum((outputs[unit] + half) * share[:, None, :], 0)
+        if run_of(VALUES, unit) == 1:
+            merged = merged * value_ratio
         tl.store(partial_ptr + row[None, :] * DIM + (32 * unit + dim), merged, mask=query[None, :] < left)
     tl.store(sums_ptr + 2 * row, top, mask=query < left)
     tl.store(sums_ptr + 2 * row + 1, tl.sum(tl.sum(weights, 1) * share, 0), mask=query < left)
 
 
-def source_for(**constants: int | bool) -> ASTSource:
+def source_for(**constants: Any) -> ASTSource:
     """The kernel as a launch would compile it, for compilation without a device.
 
     Args:
-        constants: KEY_BITS, VALUE_BITS, UNITS, QUERIES, SUBS, WARPS, SOFTCAP, DEPENDENTS.
+        constants: KEYS, VALUES, QUERIES, SUBS, WARPS, SOFTCAP, DEPENDENTS.
 
     Returns:
         What `triton.compile` takes, for float32 queries without padding and lengths known to the host.
     """
-    pointers = {"q_ptr": "*fp32", "key_words": "*i32", "value_words": "*i32", "key_norms": "*fp16",
-                "value_norms": "*fp16", "table_ptr": "*i32", "partial_ptr": "*fp32", "sums_ptr": "*fp32"}  # fmt: skip
-    absent = ("first_ptr", "length_ptr", "floor_ptr")
-    types: dict[str, str] = (
-        pointers | dict.fromkeys(_SIZES, "i32") | {"score_scale": "fp32", "softcap": "fp32"}
-    )
-    values: dict[str, Any] = dict.fromkeys(absent) | constants | {"ASM": True}
-    types |= dict.fromkeys(values, "constexpr")
-    names = attend_splits.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    return ASTSource(attend_splits, types, values, aligned)
+    return ASTSource(attend_splits, *signature(constants | {"ASM": True}))

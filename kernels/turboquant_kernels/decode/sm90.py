@@ -35,23 +35,31 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from turboquant_kernels.decode.shared import (
+    FIXED,
+    HEADROOM,
+    LOG2_FIXED,
+    LOWEST,
+    SIZES,
+    TO_FIXED,
+    TO_WHOLE,
+    TO_WHOLE_BITS,
+    all_units,
+    bits_of,
+    count_of,
+    is_relative,
+    norm_of,
+    norms_of,
+    run_of,
+    signature,
+    table_loads,
+    table_of,
+    units_of,
+)
 from turboquant_kernels.decode.unpack import unpack_ptx
 
 __all__ = ["attend_splits", "source_for"]
 
-# Largest fixed-point magnitude: high byte 127, low byte 0.
-_FIXED = gl.constexpr(32512.0)
-_LOG2_FIXED = gl.constexpr(14.988684686772166)
-# Adding 2^23 leaves a whole number in a float's low bits; 128 more makes its low byte, less 128, signed.
-_TO_FIXED = gl.constexpr(8388608.0 + 128.0)
-# Adding 1.5 * 2^23 rounds a signed number into a float's low bits, which then count from this.
-_TO_WHOLE = gl.constexpr(12582912.0)
-_TO_WHOLE_BITS = gl.constexpr(0x4B400000)
-# How far (in powers of two) a step's fixed point may be finer than the largest p |v| seen before: enough that
-# what a faint background loses to rounding stays below 2^-50 of it, little enough that no float overflows.
-_HEADROOM = gl.constexpr(36.0)
-# Below the logarithm of every score, but finite: no infinity minus infinity.
-_LOWEST = gl.constexpr(-1.0e30)
 # Norms are float16; a zero norm counts as the smallest of them wherever its logarithm is needed.
 _SMALLEST_NORM = gl.constexpr(2.0**-24)
 
@@ -79,68 +87,9 @@ _WAIT = gl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 _LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
 
 
-# One compiled kernel for all sizes.
-_SIZES = ["blocks", "splits", "heads", "rows", "queries_per_head", "skipped", "length", "moving", "floor"]
-
-
 @gluon.constexpr_function
 def _ptx(bits: int, units: int, second: bool) -> Any:
     return _UNPACK.value[bits, units, second]
-
-
-# A side's runs are ((units, bits, table, norm, relative), ...): which of the tables has its levels, which of the
-# side's norms is its factor, and whether that counts in units of the first norm.
-
-
-@gluon.constexpr_function
-def _units(runs: Any, run: int) -> Any:
-    return runs[run][0]
-
-
-@gluon.constexpr_function
-def _bits(runs: Any, run: int) -> Any:
-    return runs[run][1]
-
-
-@gluon.constexpr_function
-def _table(runs: Any, run: int) -> Any:
-    return runs[run][2]
-
-
-@gluon.constexpr_function
-def _count(runs: Any) -> Any:
-    return len(runs)
-
-
-@gluon.constexpr_function
-def _norms(runs: Any) -> Any:
-    """How many norms a token has."""
-    return runs[-1][3] + 1
-
-
-@gluon.constexpr_function
-def _all_units(runs: Any) -> Any:
-    return sum(run[0] for run in runs)
-
-
-@gluon.constexpr_function
-def _run_of(runs: Any, unit: int) -> Any:
-    return 0 if unit < runs[0][0] else 1
-
-
-@gluon.constexpr_function
-def _norm_of(runs: Any, unit: int) -> Any:
-    return runs[0 if unit < runs[0][0] else 1][3]
-
-
-@gluon.constexpr_function
-def _relative(runs: Any, norm: int) -> Any:
-    return norm > 0 and runs[-1][4]
-
-
-@gluon.constexpr_function
-def _table_loads(keys: Any, values: Any) -> Any:
-    return max(run[2] for run in keys + values) // 2 + 1
 
 
 @gluon.constexpr_function
@@ -238,10 +187,10 @@ def _load_words(base, step, sub: gl.constexpr, last, BITS: gl.constexpr, UNITS: 
 def _load_block(first, second, step, sub: gl.constexpr, last, RUNS: gl.constexpr, SUBS: gl.constexpr,
                 WARPS: gl.constexpr, CLAMP: gl.constexpr):  # fmt: skip
     """A lane's words of one block, run by run."""
-    words = (_load_words(first, step, sub, last, _bits(RUNS, 0), _units(RUNS, 0), SUBS, WARPS, CLAMP),)
-    if _count(RUNS) == 2:
+    words = (_load_words(first, step, sub, last, bits_of(RUNS, 0), units_of(RUNS, 0), SUBS, WARPS, CLAMP),)
+    if count_of(RUNS) == 2:
         words = words + (
-            _load_words(second, step, sub, last, _bits(RUNS, 1), _units(RUNS, 1), SUBS, WARPS, CLAMP),
+            _load_words(second, step, sub, last, bits_of(RUNS, 1), units_of(RUNS, 1), SUBS, WARPS, CLAMP),
         )
     return words
 
@@ -252,7 +201,7 @@ def _load_norms(first, second, step, sub: gl.constexpr, last, RUNS: gl.constexpr
     """[warp, token] float16 norms of one block, one for all runs or one for each."""
     LAYOUT: gl.constexpr = _norm_layout(WARPS)
     norms = (gl.load(_pointers(first, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP)),)
-    if _norms(RUNS) == 2:
+    if norms_of(RUNS) == 2:
         norms = norms + (gl.load(_pointers(second, step, sub, last, 32, 0, 32, LAYOUT, SUBS, WARPS, CLAMP)),)
     return norms
 
@@ -298,9 +247,9 @@ def _unpack_units(words, tables, TABLE: gl.constexpr, BITS: gl.constexpr, FIRST:
 @gluon.jit
 def _unpack_run(words, tables, RUNS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr):
     """A run's words of a block -> its units as left operands."""
-    UNITS: gl.constexpr = _units(RUNS, RUN)
-    BITS: gl.constexpr = _bits(RUNS, RUN)
-    TABLE: gl.constexpr = _table(RUNS, RUN)
+    UNITS: gl.constexpr = units_of(RUNS, RUN)
+    BITS: gl.constexpr = bits_of(RUNS, RUN)
+    TABLE: gl.constexpr = table_of(RUNS, RUN)
     operands = ()
     for four in gl.static_range(UNITS // 4):
         operands = operands + _unpack_units(words, tables, TABLE, BITS, 4 * four, 4, WARPS)
@@ -313,7 +262,7 @@ def _unpack_run(words, tables, RUNS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.
 def _unpack(words, tables, RUNS: gl.constexpr, WARPS: gl.constexpr):
     """A block's words -> its units as left operands."""
     operands = _unpack_run(words[0], tables, RUNS, 0, WARPS)
-    if _count(RUNS) == 2:
+    if count_of(RUNS) == 2:
         operands = operands + _unpack_run(words[1], tables, RUNS, 1, WARPS)
     return operands
 
@@ -342,10 +291,10 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.conste
     at = at + row * row_stride
     known = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT) + row < rows
     floats = ()
-    for unit in gl.static_range(_all_units(RUNS)):
-        if _norm_of(RUNS, unit) == NORM:
+    for unit in gl.static_range(all_units(RUNS)):
+        if norm_of(RUNS, unit) == NORM:
             loaded = gl.load(q_ptr + at + 32 * unit, mask=known, other=0.0).to(gl.float32)
-            if _run_of(RUNS, unit) == 1:
+            if run_of(RUNS, unit) == 1:
                 loaded = loaded * ratio
             floats = floats + (loaded,)
     largest = gl.max(gl.abs(floats[0]), 1)
@@ -354,13 +303,13 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.conste
         largest = gl.maximum(largest, gl.max(gl.abs(floats[unit]), 1))
         total += gl.sum(floats[unit], 1)
     largest = gl.maximum(largest, 1e-30)
-    inverse = gl.expand_dims(_FIXED / largest, 1)
+    inverse = gl.expand_dims(FIXED / largest, 1)
     low_byte = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT)
     low_byte = low_byte + gl.expand_dims(gl.expand_dims(column % 2, 0), 1) == 1
     operands = ()
     sums = gl.zeros([WARPS, COLUMNS], gl.int32, layout=gl.SliceLayout(1, RIGHT))
     for unit in gl.static_range(len(floats)):
-        whole = (floats[unit] * inverse + _TO_WHOLE).to(gl.int32, bitcast=True) - _TO_WHOLE_BITS
+        whole = (floats[unit] * inverse + TO_WHOLE).to(gl.int32, bitcast=True) - TO_WHOLE_BITS
         high = (whole + 128) >> 8
         operands = operands + (gl.where(low_byte, whole - (high << 8), high).to(gl.int8),)
         sums += gl.sum(whole, 1)
@@ -368,7 +317,7 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.conste
     halves = gl.expand_dims(gl.convert_layout(halves, gl.SliceLayout(1, MMA)), 1)
     halves = halves + gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=MMA)
     # A query with NaN or infinity in it has no scores: 0 * total carries that into every one of them.
-    scale = gl.convert_layout(largest * (score_scale / _FIXED) + 0.0 * total, gl.SliceLayout(1, MMA))
+    scale = gl.convert_layout(largest * (score_scale / FIXED) + 0.0 * total, gl.SliceLayout(1, MMA))
     scale, _ = gl.split(gl.reshape(scale, [WARPS, QUERIES, 2]))
     scale = gl.convert_layout(scale, gl.SliceLayout(1, _row_layout(WARPS, QUERIES)))
     return operands, halves, scale
@@ -379,7 +328,7 @@ def _probability_operand(p, QUERIES: gl.constexpr, WARPS: gl.constexpr):
     """[warp, token, query row] fixed-point numbers as floats -> right operand [warp, column of V, byte of row]."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, _mma_layout(WARPS), 4)
     bytes_ = gl.inline_asm_elementwise(
-        _TO_OPERAND, _TO_OPERAND_CONSTRAINTS, [p + _TO_FIXED], _int8s(2), True, 4
+        _TO_OPERAND, _TO_OPERAND_CONSTRAINTS, [p + TO_FIXED], _int8s(2), True, 4
     )
     x = gl.reshape(
         gl.join(bytes_[0], bytes_[1]), [WARPS, 4, 8, QUERIES // 4, 4, 2]
@@ -396,7 +345,7 @@ def _score_phase(words, norms, query, halves, scales, tables, step, start, limit
 
     With a softcap or two norms the scores are in units of log2, without they lack their scale."""
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
-    NORMS: gl.constexpr = _norms(KEYS)
+    NORMS: gl.constexpr = norms_of(KEYS)
     SCALED: gl.constexpr = SOFTCAP or NORMS == 2
     scores = ()
     peak = gl.full([WARPS, QUERIES], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ROWS))
@@ -405,11 +354,11 @@ def _score_phase(words, norms, query, halves, scales, tables, step, start, limit
         parts = ()
         for norm in gl.static_range(NORMS):
             product = halves[norm]
-            for unit in gl.static_range(_all_units(KEYS)):
-                if _norm_of(KEYS, unit) == norm:
+            for unit in gl.static_range(all_units(KEYS)):
+                if norm_of(KEYS, unit) == norm:
                     product = mma_v2(keys[unit], query[unit], product)
             factor = gl.expand_dims(_by_row(norms[sub][0][norm], QUERIES, WARPS), 2)
-            if _relative(KEYS, norm):
+            if is_relative(KEYS, norm):
                 factor = factor * gl.expand_dims(_by_row(norms[sub][0][0], QUERIES, WARPS), 2)
             if SCALED:
                 factor = factor * gl.expand_dims(scales[norm], 1)
@@ -428,7 +377,7 @@ def _score_phase(words, norms, query, halves, scales, tables, step, start, limit
             token = gl.expand_dims(token, 2)
             score = gl.where((token >= start) & (token < limit), score, float("-inf"))
         longest = _by_row(norms[sub][1][0], QUERIES, WARPS)
-        if _norms(VALUES) == 2:
+        if norms_of(VALUES) == 2:
             longest = gl.maximum(longest, _by_row(norms[sub][1][1], QUERIES, WARPS))
         logs = gl.expand_dims(_log2(gl.maximum(longest, _SMALLEST_NORM)), 2)
         peak = gl.maximum(
@@ -450,10 +399,10 @@ def _output_phase(words, scores, norms, peak, state, scale, tables, VALUES: gl.c
                   SUBS: gl.constexpr, WARPS: gl.constexpr, MASK: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """Fold a step into the state: the highest peak, the sums' reference, and the sums p, p |v| and p |v| L."""
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
-    NORMS: gl.constexpr = _norms(VALUES)
+    NORMS: gl.constexpr = norms_of(VALUES)
     highest, reference, weights, lengths, outputs = state
     highest = gl.maximum(highest, peak)
-    moved = gl.maximum(peak, highest - _HEADROOM) - _LOG2_FIXED
+    moved = gl.maximum(peak, highest - HEADROOM) - LOG2_FIXED
     keep = _exp2(reference - moved)
     moved3 = gl.expand_dims(moved, 1)
     kept = gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, LANES), assert_trivial=True), 1)
@@ -482,15 +431,15 @@ def _output_phase(words, scores, norms, peak, state, scale, tables, VALUES: gl.c
     for sub in gl.static_range(SUBS):
         values = values + (_unpack(words[sub], tables, VALUES, WARPS),)
     folded = ()
-    for unit in gl.static_range(_all_units(VALUES)):
+    for unit in gl.static_range(all_units(VALUES)):
         product = gl.zeros([WARPS, 32, 2 * QUERIES], gl.int32, layout=_mma_layout(WARPS))
         for sub in gl.static_range(SUBS):
-            product = mma_v2(values[sub][unit], operands[sub][_norm_of(VALUES, unit)], product)
+            product = mma_v2(values[sub][unit], operands[sub][norm_of(VALUES, unit)], product)
         folded = folded + (outputs[unit] * gl.expand_dims(keep, 1) + _whole(product, QUERIES, WARPS),)
     return (highest, moved, weights, sums, folded)
 
 
-@gluon.jit(do_not_specialize=_SIZES)
+@gluon.jit(do_not_specialize=SIZES)
 def attend_splits(
     q_ptr, key_words, more_key_words, value_words, more_value_words, key_norms, more_key_norms, value_norms,
     more_value_norms, tables_ptr, first_ptr, length_ptr, floor_ptr, partial_ptr, sums_ptr, blocks, splits, heads,
@@ -549,24 +498,24 @@ def attend_splits(
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
     PEAKS: gl.constexpr = gl.SliceLayout(1, ROWS)
-    UNITS: gl.constexpr = _all_units(KEYS)
-    SCALED: gl.constexpr = SOFTCAP or _norms(KEYS) == 2
+    UNITS: gl.constexpr = all_units(KEYS)
+    SCALED: gl.constexpr = SOFTCAP or norms_of(KEYS) == 2
     STEP: gl.constexpr = 32 * SUBS * WARPS
     split = gl.program_id(0)
     head = gl.program_id(1)
     first_row = gl.program_id(2) * QUERIES
     base = head.to(gl.int64) * blocks
-    key_words += base * (32 * _units(KEYS, 0) * _bits(KEYS, 0))
-    value_words += base * (32 * _units(VALUES, 0) * _bits(VALUES, 0))
+    key_words += base * (32 * units_of(KEYS, 0) * bits_of(KEYS, 0))
+    value_words += base * (32 * units_of(VALUES, 0) * bits_of(VALUES, 0))
     key_norms += base * 32
     value_norms += base * 32
-    if _count(KEYS) == 2:
-        more_key_words += base * (32 * _units(KEYS, 1) * _bits(KEYS, 1))
-    if _count(VALUES) == 2:
-        more_value_words += base * (32 * _units(VALUES, 1) * _bits(VALUES, 1))
-    if _norms(KEYS) == 2:
+    if count_of(KEYS) == 2:
+        more_key_words += base * (32 * units_of(KEYS, 1) * bits_of(KEYS, 1))
+    if count_of(VALUES) == 2:
+        more_value_words += base * (32 * units_of(VALUES, 1) * bits_of(VALUES, 1))
+    if norms_of(KEYS) == 2:
         more_key_norms += base * 32
-    if _norms(VALUES) == 2:
+    if norms_of(VALUES) == 2:
         more_value_norms += base * 32
     start = skipped
     if first_ptr is not None:
@@ -603,7 +552,7 @@ def attend_splits(
         ),)  # fmt: skip
     TABLE: gl.constexpr = _word_layout(WARPS, 4)
     tables = ()
-    for k in gl.static_range(_table_loads(KEYS, VALUES)):
+    for k in gl.static_range(table_loads(KEYS, VALUES)):
         lane_words = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, TABLE)), 0)
         at = gl.zeros([WARPS, 128], gl.int32, layout=TABLE) + lane_words
         tables = tables + (gl.load(tables_ptr + 128 * k + at),)
@@ -611,7 +560,7 @@ def attend_splits(
     operands = ()
     halves = ()
     scales = ()
-    for norm in gl.static_range(_norms(KEYS)):
+    for norm in gl.static_range(norms_of(KEYS)):
         made, half, scale = _query_operands(
             q_ptr + (head * rows + first_row) * (32 * UNITS), left, 32 * UNITS, score_scale, key_ratio, KEYS,
             norm, QUERIES, WARPS,
@@ -620,14 +569,14 @@ def attend_splits(
         halves = halves + (half,)
         scales = scales + (scale,)
     outputs = ()
-    for _ in gl.static_range(_all_units(VALUES)):
+    for _ in gl.static_range(all_units(VALUES)):
         outputs = outputs + (gl.zeros([WARPS, 32, QUERIES], gl.float32, layout=ROWS),)
     lengths = ()
-    for _ in gl.static_range(_norms(VALUES)):
+    for _ in gl.static_range(norms_of(VALUES)):
         lengths = lengths + (gl.zeros([WARPS, 8, QUERIES], gl.float32, layout=LANES),)
     state = (
-        gl.full([WARPS, QUERIES], _LOWEST, gl.float32, layout=PEAKS),
-        gl.full([WARPS, QUERIES], _LOWEST, gl.float32, layout=PEAKS),
+        gl.full([WARPS, QUERIES], LOWEST, gl.float32, layout=PEAKS),
+        gl.full([WARPS, QUERIES], LOWEST, gl.float32, layout=PEAKS),
         gl.zeros([WARPS, 8, QUERIES], gl.float32, layout=LANES),
         lengths,
         outputs,
@@ -692,14 +641,14 @@ def _store_split(state, partial_ptr, sums_ptr, row, left, ratio, VALUES: gl.cons
     """Merge the warps' softmaxes and write the split's sums."""
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
-    UNITS: gl.constexpr = _all_units(VALUES)
+    UNITS: gl.constexpr = all_units(VALUES)
     _, reference, weights, lengths, outputs = state
     top = gl.max(reference, 0)
     share = _exp2(reference - gl.expand_dims(top, 0))
     lane_share = gl.convert_layout(share, gl.SliceLayout(1, LANES), assert_trivial=True)
     total = gl.sum(gl.sum(weights, 1) * lane_share, 0)
     halves = ()
-    for norm in gl.static_range(_norms(VALUES)):
+    for norm in gl.static_range(norms_of(VALUES)):
         half = gl.convert_layout(0.5 * gl.sum(lengths[norm], 1), gl.SliceLayout(1, ROWS), assert_trivial=True)
         halves = halves + (half,)
     MERGED: gl.constexpr = gl.SliceLayout(0, ROWS)
@@ -708,9 +657,9 @@ def _store_split(state, partial_ptr, sums_ptr, row, left, ratio, VALUES: gl.cons
     at = gl.expand_dims((row + query) * (32 * UNITS), 0) + gl.expand_dims(dim, 1)
     inside = gl.expand_dims(query, 0) < left + gl.zeros([32, QUERIES], gl.int32, layout=MERGED)
     for unit in gl.static_range(UNITS):
-        half = gl.expand_dims(halves[_norm_of(VALUES, unit)], 1)
+        half = gl.expand_dims(halves[norm_of(VALUES, unit)], 1)
         merged = gl.sum((outputs[unit] + half) * gl.expand_dims(share, 1), 0)
-        if _run_of(VALUES, unit) == 1:
+        if run_of(VALUES, unit) == 1:
             merged = merged * ratio
         gl.store(partial_ptr + at + 32 * unit, merged, mask=inside)
     query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
@@ -719,7 +668,7 @@ def _store_split(state, partial_ptr, sums_ptr, row, left, ratio, VALUES: gl.cons
     gl.store(sums_ptr + 2 * (row + query) + 1, total, mask=query < left)
 
 
-def source_for(**constants: object) -> GluonASTSource:
+def source_for(**constants: Any) -> GluonASTSource:
     """The kernel as a launch would compile it, for compilation without a device.
 
     Args:
@@ -728,28 +677,4 @@ def source_for(**constants: object) -> GluonASTSource:
     Returns:
         What `triton.compile` takes, for float32 queries without padding and lengths known to the host.
     """
-    keys: Any = constants["KEYS"]
-    values: Any = constants["VALUES"]
-    absent = {
-        "more_key_words": len(keys) == 1,
-        "more_value_words": len(values) == 1,
-        "more_key_norms": keys[-1][3] == 0,
-        "more_value_norms": values[-1][3] == 0,
-        "first_ptr": True,
-        "length_ptr": True,
-        "floor_ptr": True,
-    }
-    types = {"q_ptr": "*fp32"}
-    types |= {f"{more}{side}_words": "*i32" for side in ("key", "value") for more in ("", "more_")}
-    types |= {f"{more}{side}_norms": "*fp16" for side in ("key", "value") for more in ("", "more_")}
-    types |= {"tables_ptr": "*i32"} | dict.fromkeys(("first_ptr", "length_ptr", "floor_ptr"), "*i64")
-    types |= {"partial_ptr": "*fp32", "sums_ptr": "*fp32"}
-    types |= {name: "constexpr" for name, left_out in absent.items() if left_out}
-    pointers = {
-        (i,): [["tt.divisibility", 16]] for i, type_ in enumerate(types.values()) if type_ != "constexpr"
-    }
-    types |= dict.fromkeys(_SIZES, "i32")
-    types |= dict.fromkeys(("score_scale", "key_ratio", "value_ratio", "softcap"), "fp32")
-    types |= dict.fromkeys(constants, "constexpr")
-    left_out = {name: None for name, missing in absent.items() if missing}
-    return GluonASTSource(attend_splits, types, left_out | constants, pointers)
+    return GluonASTSource(attend_splits, *signature(constants))

@@ -95,20 +95,12 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
     for half in (reading.keys, reading.values):
-        if not _readable(half, kernel):
-            parts = (
-                "in one part or split in two of widths that are multiples of 32, of 1, 2, 3 or 4 bits each"
-                if kernel == "gluon"
-                else "in one part of 1, 2, 3 or 4 bits"
-            )
-            sketch = (
-                "a sketch of the residual only in keys of 1 to 4 bits beside it in one part"
-                if kernel == "gluon"
-                else "without a sketch of the residual"
-            )
+        if not _readable(half):
             return (
-                f"{half.side}s must have 64, 128 or 256 channels, {parts}, {sketch}, "
-                f"not (channels, bits) {half.codec.runs} with {half.codec.scales} norms"
+                f"{half.side}s must have 64, 128 or 256 channels, in one part or split in two of widths that "
+                "are multiples of 32, of 1, 2, 3 or 4 bits each, a sketch of the residual only in keys of 1 "
+                "to 4 bits beside it in one part, not (channels, bits) "
+                f"{half.codec.runs} with {half.codec.scales} norms"
             )
     return None
 
@@ -207,15 +199,15 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     return torch.where(expected, mask == 0, hidden).all()
 
 
-def _readable(half: Half, kernel: Kernel) -> bool:
-    """Whether a kernel reads such codes: one run; of "gluon" also two, of which one may be keys' sketch."""
+def _readable(half: Half) -> bool:
+    """Whether the kernels read such codes: one run or two, of which one may be keys' sketch."""
     codec = half.codec
     if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
         return False
     runs = [run for group in codec.groups for run in group.coded]
     sketches = sum(group.sketch is not None for group in codec.groups)
     return (
-        len(runs) + sketches <= (MOST_RUNS if kernel == "gluon" else 1)
+        len(runs) + sketches <= MOST_RUNS
         and (half.side == "key" or not sketches)
         and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
     )
