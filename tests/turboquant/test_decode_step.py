@@ -34,15 +34,17 @@ def model():
 
 def test_eager_arms_on_a_cpu(model):
     found = decode_step.measure(model, 2, TOKENS, rounds=2, steps=3)
-    assert [step.arm for step in found] == ["ours, eager", "DynamicCache, eager"]
-    ours, dense = found
-    assert [len(step.milliseconds) for step in found] == [6, 6]
+    assert [step.arm for step in found] == ["ours, eager", "StaticCache, eager", "DynamicCache, eager"]
+    ours, static, dense = found
+    assert [len(step.milliseconds) for step in found] == [6, 6, 6]
     assert all(step.percentile(20) <= step.percentile(50) <= step.percentile(80) for step in found)
     assert ours.backend == "torch"
     assert "not on cpu" in ours.reason
     assert dense.reason is None
     # Steps of the last round are held too: 5 before the times, 3 timed.
     assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + 8) * 64 * 4
+    assert static.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + 9) * 64 * 4
+    assert [step.prompt_milliseconds for step in found] == [[], [], []]
     assert ours.cache_bytes < dense.cache_bytes
     assert (ours.batch, ours.tokens, ours.device, ours.peak_bytes) == (2, TOKENS, "cpu", None)
     assert model.config._attn_implementation == "sdpa"
@@ -54,8 +56,8 @@ def test_other_architectures(name):
     config = MODELS[name]().config
     own = random_model(config, "cpu")
     implementation = own.config._attn_implementation
-    ours, dense = decode_step.measure(own, 2, 150, rounds=1, steps=2)
-    assert (ours.failed, dense.failed) == (None, None)
+    ours, static, dense = decode_step.measure(own, 2, 150, rounds=1, steps=2, prompt="raw")
+    assert (ours.failed, static.failed, dense.failed) == (None, None, None)
     assert len(ours.milliseconds) == len(dense.milliseconds) == 2
     assert own.config._attn_implementation == implementation
     layers = decode_step.kv_layers(config)
@@ -64,7 +66,7 @@ def test_other_architectures(name):
     sliding = [size for size, layer in zip(held, layers, strict=True) if layer.window is not None]
     assert sum(sliding) < ours.cache_bytes
     chosen = [arm.name for arm in decode_step.arms_for(own)]
-    assert chosen == ["ours, eager", "DynamicCache, eager"]
+    assert chosen == ["ours, eager", "StaticCache, eager", "DynamicCache, eager"]
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -89,6 +91,36 @@ def test_only_the_arm_without_mask_has_none(model, monkeypatch, masked):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("prompt", ["raw", "codes"])
+def test_a_prompt_is_read_and_timed(model, monkeypatch, prompt):
+    """Once a round, into an empty cache, by arms that have a mask; steps find its tokens there."""
+    seen = []
+    forward = decode_step._forward
+
+    def watch(model, cache, ids, place):
+        seen.append((ids.shape[1], int(cache.get_seq_length()), getattr(cache, "prefill", None)))
+        return forward(model, cache, ids, place)
+
+    monkeypatch.setattr(decode_step, "_forward", watch)
+    arms = [*decode_step.arms_for(model), Arm("unmasked", "static", False, masked=False)]
+    found = decode_step.measure(model, 2, TOKENS, rounds=2, steps=1, arms=arms, prompt=prompt)
+    ours, dense = found[0], found[2]
+    assert [step.failed for step in found] == [None] * 4
+    assert [len(step.prompt_milliseconds) for step in found] == [2, 2, 2, 0]
+    assert [held for size, held, _ in seen if size == TOKENS] == [0] * 6
+    assert {held for size, held, _ in seen if size == 1} == {TOKENS + i for i in range(decode_step._WARM + 1)}
+    assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + decode_step._WARM + 1) * 64 * 4
+    columns = {column.header: list(column.cells) for column in decode_step.table(found).columns}
+    assert [bool(cell) for cell in columns["prompt s"]] == [True, True, True, False]
+    assert columns["tokens/s"][0] == f"{2e3 / ours.percentile(50):.1f}"
+
+
+def test_an_arm_has_its_own_profile(model):
+    arms = [Arm("a", "ours", False), Arm("b", "ours", False, profile="2")]
+    four, two = decode_step.measure(model, 1, TOKENS, rounds=1, steps=1, arms=arms)
+    assert two.cache_bytes < four.cache_bytes
+
+
 def test_arms_in_turn(model, monkeypatch):
     """The i-th steps of all arms follow one another, each arm served as it is alone."""
     order = []
@@ -99,7 +131,7 @@ def test_arms_in_turn(model, monkeypatch):
         return timed(launch, device)
 
     monkeypatch.setattr(decode_step, "_timed", watch)
-    arms = decode_step.arms_for(model)
+    arms = [arm for arm in decode_step.arms_for(model) if arm.cache != "static"]
     ours, dense = decode_step.in_turn(model, 2, TOKENS, arms, steps=4)
     assert order == ["turboquant", "sdpa"] * 4
     assert len(ours.milliseconds) == len(dense.milliseconds) == 4
@@ -131,7 +163,7 @@ def test_a_captured_step_keeps_its_inputs(model, monkeypatch):
 
 
 def test_outputs_are_those_of_the_cache(model):
-    ours, dense = decode_step.arms_for(model)
+    ours, _, dense = decode_step.arms_for(model)
     same, other = (decode_step.outputs(model, 2, TOKENS, dense, seed=seed) for seed in (0, 1))
     found = decode_step.outputs(model, 2, TOKENS, ours)
     assert found.shape == (2, model.config.vocab_size)

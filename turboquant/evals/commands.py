@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
@@ -337,11 +337,21 @@ def speed(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each arm is built and timed.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of an arm in a round.")] = 10,
+    arms: Annotated[
+        str | None, typer.Option(help="Only arms whose name has one of these words, separated by commas.")
+    ] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What a timed prompt reads in our cache: raw (as deployed) or codes; none: no prompt, but "
+            "random keys and values fill the cache."
+        ),
+    ] = "raw",
     json: Annotated[
         Path | None, typer.Option("--json", help="File for the times, one JSON object an arm.")
     ] = None,
 ) -> None:
-    """Time one decoding step of a whole model, compressed and not, on CUDA; random weights will do."""
+    """Time a prompt and a decoding step of a model, compressed and not, on CUDA; random weights will do."""
     from turboquant.evals import decode_step
     from turboquant.models.load import load_model
 
@@ -356,7 +366,16 @@ def speed(
         loaded = load_model(model, device="cuda", layers=layers)[0]
         lines = []
         for batch, tokens in sizes:
-            found = decode_step.measure(loaded, batch, tokens, profile=profile, rounds=rounds, steps=steps)
+            found = decode_step.measure(
+                loaded,
+                batch,
+                tokens,
+                profile=profile,
+                rounds=rounds,
+                steps=steps,
+                arms=_chosen(decode_step.arms_for(loaded), arms),
+                prompt=_prompt(prompt),
+            )
             _out.print(decode_step.table(found))
             lines += [json_module.dumps(dataclasses.asdict(step)) + "\n" for step in found]
             failed += [step for step in found if step.failed and step.arm.startswith("ours")]
@@ -367,6 +386,20 @@ def speed(
         raise typer.Exit(1) from error
     if failed:
         raise typer.Exit(1)
+
+
+def _chosen(arms: list[Any], text: str | None) -> list[Any]:
+    words = None if text is None else _words(text)
+    chosen = [arm for arm in arms if words is None or any(word in arm.name for word in words)]
+    if not chosen:
+        raise ValueError(f"no arm has {text!r} in its name: {', '.join(arm.name for arm in arms)}")
+    return chosen
+
+
+def _prompt(text: str) -> Literal["raw", "codes"] | None:
+    if text not in ("raw", "codes", "none"):
+        raise ValueError(f"--prompt must be raw, codes or none, not {text!r}")
+    return None if text == "none" else cast(Literal["raw", "codes"], text)
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

@@ -1,11 +1,12 @@
-"""How long does one decoding step of a whole model take, over codes and over dense caches?
+"""How long do a prompt and one decoding step of a whole model take, over codes and over dense caches?
 
     turboquant speed [--model random:llama-3.1-8b] [--shapes 1x8192,8x32768] [--rounds 3] [--json FILE]
 
-The model may have random weights, and its cache holds random keys and values: time depends on neither. An
-arm is a cache and a way to launch the step: eager, or captured in a CUDA graph and replayed, which leaves no
-Python in the time. Each round builds every arm anew and times it, so that what changes on the machine meets
-all of them; times of all rounds are pooled.
+The model may have random weights: time does not depend on them. An arm is a cache and a way to launch the
+step: eager, or captured in a CUDA graph and replayed, which leaves no Python in the time. Each round builds
+every arm anew and times it, so that what changes on the machine meets all of them; times of all rounds are
+pooled. A prompt of random tokens is read once a round, always eagerly; where it is not timed, the cache is
+filled with random keys and values instead.
 
 Among the rivals are dense caches as transformers serves them, with each of torch's attention kernels, and two
 arms that no user has: a static cache read without its mask. With a mask, no flash kernel can be had, and some
@@ -38,7 +39,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from turboquant.attention import attach, detach
-from turboquant.cache import TurboQuantCache, cache_argument
+from turboquant.cache import Prefill, TurboQuantCache, cache_argument
 from turboquant.memory import kv_layers
 
 __all__ = ["ARMS", "Arm", "Step", "arms_for", "in_turn", "measure", "outputs", "table"]
@@ -58,6 +59,8 @@ class Arm:
         captured: Whether the step is captured in a CUDA graph and replayed.
         kernel: torch's attention kernel; None leaves the choice to torch.
         masked: Whether a static cache is read with its mask, as transformers does.
+        profile: Of our cache; "" leaves the choice to who measures.
+        prefill: What a prompt reads in our cache, as `attach` takes it.
     """
 
     name: str
@@ -65,16 +68,21 @@ class Arm:
     captured: bool
     kernel: SDPBackend | None = None
     masked: bool = True
+    profile: str = ""
+    prefill: Prefill = "codes"
 
 
 ARMS = (
     Arm("ours, captured", "ours", True),
     Arm("ours, eager", "ours", False),
+    Arm("conservative, captured", "ours", True, profile="conservative"),
+    Arm("aggressive, captured", "ours", True, profile="aggressive"),
     Arm("StaticCache, captured", "static", True),
     Arm("StaticCache, captured, cudnn", "static", True, SDPBackend.CUDNN_ATTENTION),
     Arm("StaticCache, captured, efficient", "static", True, SDPBackend.EFFICIENT_ATTENTION),
     Arm("StaticCache, captured, no mask, cudnn", "static", True, SDPBackend.CUDNN_ATTENTION, masked=False),
     Arm("StaticCache, captured, no mask, flash", "static", True, SDPBackend.FLASH_ATTENTION, masked=False),
+    Arm("StaticCache, eager", "static", False),
     Arm("DynamicCache, eager", "dynamic", False),
 )
 
@@ -95,6 +103,9 @@ class Step:
         reason: Why ours did not take its kernel, if it did not.
         failed: Why there are no times, if there are none.
         software: Versions of torch and transformers.
+        prompt_milliseconds: Of reading a prompt of `tokens` into an empty cache, once a round; empty if the
+            cache was filled otherwise.
+        prompt_peak_bytes: The most that was allocated while the prompt was read; None if none was.
     """
 
     batch: int
@@ -108,6 +119,13 @@ class Step:
     reason: str | None = None
     failed: str | None = None
     software: str = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    prompt_milliseconds: list[float] = field(default_factory=list)
+    prompt_peak_bytes: int | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows a second, by the median step."""
+        return self.batch / self.percentile(50) * 1e3
 
     def percentile(self, percent: int) -> float:
         """Milliseconds that `percent` of the steps stay within.
@@ -153,18 +171,21 @@ def measure(
     steps: int = 10,
     arms: Sequence[Arm] | None = None,
     backend: str = "auto",
+    prompt: Prefill | None = None,
 ) -> list[Step]:
-    """Time one decoding step of each arm.
+    """Time one decoding step of each arm, and reading the prompt before it.
 
     Args:
         model: A causal language model in evaluation mode, with random weights or others.
         batch: Rows.
         tokens: Tokens that the cache holds.
-        profile: Of our cache.
+        profile: Of our cache, in arms that have none of their own.
         rounds: How often each arm is built and timed.
         steps: Timed steps of an arm in a round.
         arms: Which; None for all that the device can run.
         backend: Of our attention.
+        prompt: What a prompt of random tokens reads in our cache, "raw" or "codes". It fills the cache and is
+            timed, in arms that a user has: those with a mask. None: random keys and values fill it.
 
     Returns:
         One `Step` an arm, in order. An arm that torch refuses or that does not fit into memory has `failed`
@@ -178,14 +199,14 @@ def measure(
             f"batch, tokens, rounds and steps must be at least 1, not {batch}, {tokens}, {rounds}, {steps}"
         )
     device = model.device
-    chosen = arms_for(model) if arms is None else list(arms)
+    chosen = _settled(arms_for(model) if arms is None else arms, profile, prompt)
     if device.type != "cuda" and any(arm.captured for arm in chosen):
         raise ValueError(f"a step can be captured in a graph on CUDA only, not on {device.type}: arms_for()")
     found = {arm.name: Step(batch, tokens, arm.name, _named(device)) for arm in chosen}
     for _ in range(rounds):
         for arm in chosen:
             if found[arm.name].failed is None:
-                found[arm.name] = _round(model, arm, found[arm.name], profile, steps, backend)
+                found[arm.name] = _round(model, arm, found[arm.name], steps, backend, prompt is not None)
             _free(device)
     return list(found.values())
 
@@ -222,9 +243,10 @@ def in_turn(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     found, launches, caches = [], [], []
+    arms = _settled(arms, profile)
     for arm in arms:
-        with _serving(model, arm, profile, backend):
-            cache = _cache(model, arm, profile, tokens + _WARM + steps + 1, backend)
+        with _serving(model, arm, backend):
+            cache = _cache(model, arm, tokens + _WARM + steps + 1, backend)
             _fill(cache, model, batch, tokens)
             launches.append(_launch(model, cache, batch, tokens, arm.captured))
             for _ in range(_WARM - 3):
@@ -234,7 +256,7 @@ def in_turn(
     for _ in range(steps):
         for arm, step, launch in zip(arms, found, launches, strict=True):
             # A captured step has its attention in it; switching a model's would only take time.
-            with nullcontext() if arm.captured else _serving(model, arm, profile, backend):
+            with nullcontext() if arm.captured else _serving(model, arm, backend):
                 step.milliseconds.append(_timed(launch, device))
     done = [_noted(*pair, device) for pair in zip(found, arms, caches, strict=True)]
     launches.clear()
@@ -269,8 +291,9 @@ def outputs(
     Returns:
         Logits (batch, vocabulary), float32, of the first step after the fill.
     """
-    with _serving(model, arm, profile, backend):
-        cache = _cache(model, arm, profile, tokens + 2, backend)
+    (arm,) = _settled([arm], profile)
+    with _serving(model, arm, backend):
+        cache = _cache(model, arm, tokens + 2, backend)
         _fill(cache, model, batch, tokens, seed)
         ids = torch.full((batch, 1), 7, device=model.device)
         logits = _forward(model, cache, ids, tokens)
@@ -286,7 +309,8 @@ def table(found: Sequence[Step]) -> Table:
         found: What `measure` returned.
 
     Returns:
-        A row an arm: milliseconds a step, times as long as ours captured (or else eager), memory, backend.
+        A row an arm: milliseconds a step, times as long as ours captured (or else eager), tokens a second,
+        memory, the median prompt, backend.
     """
     first = found[0]
     title = f"{first.batch} x {first.tokens:,} tokens, {first.device}, {first.software}"
@@ -297,8 +321,11 @@ def table(found: Sequence[Step]) -> Table:
         "p80",
         "n",
         "x ours",
+        "tokens/s",
         "cache GB",
         "peak GB",
+        "prompt s",
+        "its peak GB",
         "attended by",
         title=title,
     )
@@ -308,21 +335,44 @@ def table(found: Sequence[Step]) -> Table:
             shown.add_row(step.arm, f"did not run: {step.failed}")
             continue
         low, middle, high = (step.percentile(percent) for percent in (20, 50, 80))
-        sizes = ["" if size is None else f"{size / 1e9:.2f}" for size in (step.cache_bytes, step.peak_bytes)]
+        sizes = [
+            "" if size is None else f"{size / 1e9:.2f}"
+            for size in (step.cache_bytes, step.peak_bytes, step.prompt_peak_bytes)
+        ]
+        read = sorted(step.prompt_milliseconds)
+        prompt = f"{read[len(read) // 2] / 1e3:.3f}" if read else ""
         ratio = "" if ours is None else f"{middle / ours.percentile(50):.2f}"
         how = f"{step.backend}: {step.reason}" if step.reason else str(step.backend)
         times = (f"{time_:.2f}" for time_ in (low, middle, high))
-        shown.add_row(step.arm, *times, str(len(step.milliseconds)), ratio, *sizes, how)
+        shown.add_row(
+            step.arm,
+            *times,
+            str(len(step.milliseconds)),
+            ratio,
+            f"{step.tokens_per_second:.1f}",
+            *sizes[:2],
+            prompt,
+            sizes[2],
+            how,
+        )
     return shown
 
 
-def _round(model: PreTrainedModel, arm: Arm, before: Step, profile: str, steps: int, backend: str) -> Step:
+def _settled(arms: Sequence[Arm], profile: str, prompt: Prefill | None = None) -> list[Arm]:
+    """Arms with what they leave open."""
+    return [replace(arm, profile=arm.profile or profile, prefill=prompt or arm.prefill) for arm in arms]
+
+
+def _round(model: PreTrainedModel, arm: Arm, before: Step, steps: int, backend: str, prompt: bool) -> Step:
     """Build an arm, time it, and leave nothing of it behind."""
     device = model.device
-    with _serving(model, arm, profile, backend):
+    with _serving(model, arm, backend):
         try:
-            cache = _cache(model, arm, profile, before.tokens + _WARM + steps + 1, backend)
-            _fill(cache, model, before.batch, before.tokens)
+            cache = _cache(model, arm, before.tokens + _WARM + steps + 1, backend)
+            if prompt and arm.masked:
+                before = _prompted(model, cache, before)
+            else:
+                _fill(cache, model, before.batch, before.tokens)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             launch = _launch(model, cache, before.batch, before.tokens, arm.captured)
@@ -336,11 +386,11 @@ def _round(model: PreTrainedModel, arm: Arm, before: Step, profile: str, steps: 
 
 
 @contextmanager
-def _serving(model: PreTrainedModel, arm: Arm, profile: str, backend: str) -> Iterator[None]:
+def _serving(model: PreTrainedModel, arm: Arm, backend: str) -> Iterator[None]:
     """The model as an arm needs it: attached, or without masks, or with one of torch's kernels."""
     with ExitStack() as stack:
         if arm.cache == "ours":
-            attach(model, profile, backend=backend)
+            attach(model, arm.profile, prefill=arm.prefill, backend=backend)
             stack.callback(detach, model)
         elif not arm.masked:
             AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
@@ -375,16 +425,36 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-def _cache(model: nn.Module, arm: Arm, profile: str, room: int, backend: str) -> Any:
+def _cache(model: nn.Module, arm: Arm, room: int, backend: str) -> Any:
     config: Any = model.config
     if arm.cache == "ours":
         # A graph needs fixed storage.
-        return TurboQuantCache(config, profile, capacity=room if arm.captured else None, backend=backend)
+        return TurboQuantCache(
+            config,
+            arm.profile,
+            prefill=arm.prefill,
+            backend=backend,
+            capacity=room if arm.captured else None,
+        )
     return (
         StaticCache(config=config, max_cache_len=room)
         if arm.cache == "static"
         else DynamicCache(config=config)
     )
+
+
+def _prompted(model: PreTrainedModel, cache: Any, step: Step) -> Step:
+    """Read a prompt of random tokens into an empty cache."""
+    device = model.device
+    source = torch.Generator(device).manual_seed(0)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (step.batch, step.tokens), generator=source, device=device)
+    places = torch.arange(step.tokens, device=device).expand_as(ids)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    took = _timed(lambda: _forward(model, cache, ids, places), device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return replace(step, prompt_milliseconds=[*step.prompt_milliseconds, took], prompt_peak_bytes=peak)
 
 
 def _fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int, seed: int = 0) -> None:
