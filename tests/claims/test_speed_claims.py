@@ -80,9 +80,10 @@ class Bench(SimpleNamespace):
     def error(self, packed: Codes, query: torch.Tensor) -> float:
         return self.off
 
-    def baseline_launches(self, shape: Any) -> dict[str, list[Callable[[], torch.Tensor]]]:
+    def bf16_rivals(self, shape: Any) -> dict[str, SimpleNamespace]:
         x = torch.randn(64)
-        return {f"rival {i}": [partial(torch.mul, x, 1 + 1e-3 * i)] for i in range(self.rivals)}
+        launches = [[partial(torch.mul, x, 1 + 1e-3 * i)] for i in range(self.rivals)]
+        return {f"rival {i}": SimpleNamespace(launches=own) for i, own in enumerate(launches)}
 
     def time_launches(self, launches: Any) -> Any:
         return SimpleNamespace(p50=float(launches[0].args[1]))

@@ -1,12 +1,14 @@
-"""How fast is decoding attention over packed codes, against the best bf16 attention on the same device?
+"""How fast is decoding attention over packed codes, against the best bf16 and FP8 attention on one device?
 
-    python -m turboquant_kernels.benchmarks.decode [--kernel NAME] [--quick] [--sweep] [--anyway]
-                                                   [--seconds N] [--out DIR]
+    python -m turboquant_kernels.benchmarks.decode [--kernel NAME] [--shapes WORDS] [--rounds N] [--quick]
+                                                   [--sweep] [--anyway] [--seconds N] [--out DIR]
 
 Correctness comes first: nothing is timed for a configuration whose outputs are wrong. Inputs rotate among
-sets that together exceed the cache; launches are replayed from a graph; each shape's baseline is the fastest
-of SDPA (cuDNN, flash) and our own split bf16 kernel, timed beside it. Bandwidths are of the bytes a method
-must read; the copy's counts bytes read and written.
+sets that together exceed the cache; launches are replayed from a graph. In each round every arm is built anew
+and timed beside each shape's rivals: in bf16 SDPA (cuDNN, flash) and our own split kernel, the fastest of
+which is the baseline, our own over an e4m3 cache, and FlashInfer over both, where it is installed. Bandwidths
+are of the bytes a method must read; the copy's counts bytes read and written. The last lines are the table of
+the README.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turboquant_kernels import registers
-from turboquant_kernels.benchmarks.bf16 import attend_bf16
+from turboquant_kernels.benchmarks.rivals import CACHE_BYTES, Rival, bf16_rivals, fp8_rivals
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
 from turboquant_kernels.decode.launch import Kernel, Settings, attend_codes, settings_for
 from turboquant_kernels.decode.unpack import Codes, kernel_runs
@@ -47,7 +49,8 @@ LEVELS: dict[int, tuple[tuple[int, ...], float]] = {
     1: ((31,), 39.40236316621111),
 }
 TOLERANCE = 1e-3
-CACHE_BYTES = 3e8  # several times the L2 cache
+BF16_TOLERANCE = 1e-2
+"""Of what rounds queries or probabilities to bf16."""
 
 Form = tuple[tuple[float, int, int], ...]
 """(share of the coordinates, bits, number of its norm) of each run."""
@@ -335,43 +338,25 @@ def checks(quick: bool, kernel: Kernel) -> dict[str, Callable[[], float]]:
     return dict(cases)
 
 
-def baselines(shape: Shape) -> dict[str, Timing | str]:
-    """The same attention over bf16 keys and values."""
+def time_rivals(rivals: Mapping[str, Rival]) -> dict[str, Timing | str]:
+    """The time of each rival whose outputs are right; of the others, what is wrong."""
     found: dict[str, Timing | str] = {}
-    for name, launches in baseline_launches(shape).items():
+    for name, rival in rivals.items():
         try:
-            found[name] = time_launches(launches)
+            off = rival.error()
+            limit = TOLERANCE if rival.query.dtype == torch.float16 else BF16_TOLERANCE
+            found[name] = (
+                time_launches(rival.launches)
+                if off <= limit
+                else f"not timed, outputs are wrong by {off:.1e} of sum p |v|"
+            )
         except Exception as problem:
-            found[name] = str(problem).splitlines()[0][:90]
+            found[name] = _first_line(problem)
     return found
 
 
-def baseline_launches(shape: Shape) -> dict[str, list[Callable[[], Tensor]]]:
-    """Each bf16 rival's calls, one a set of inputs."""
-    size = 4 * shape.batch * shape.heads * shape.tokens * shape.dim
-    sets = max(1, math.ceil(CACHE_BYTES / size))
-    lead = (shape.batch, shape.heads, shape.tokens, shape.dim)
-    data = [
-        tuple(torch.randn(lead, dtype=torch.bfloat16, device="cuda") for _ in range(2)) for _ in range(sets)
-    ]
-    query = torch.randn(
-        shape.batch, shape.heads * shape.rows, 1, shape.dim, dtype=torch.bfloat16, device="cuda"
-    )
-    grouped = query.view(shape.batch, shape.heads, shape.rows, shape.dim)
-
-    def served(backend: SDPBackend, keys: Tensor, values: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-    found: dict[str, list[Callable[[], Tensor]]] = {
-        name: [partial(served, backend, k, v) for k, v in data]
-        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
-    }
-    for tile, stages, programs in ((64, 3, 2), (64, 2, 4), (128, 2, 2), (32, 4, 4)):
-        found[f"split {tile}/{stages}/{programs}"] = [
-            partial(attend_bf16, grouped, k, v, tile=tile, stages=stages, programs=programs) for k, v in data
-        ]
-    return found
+def _first_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:90]
 
 
 def time_packed(
@@ -491,11 +476,93 @@ def runs_of(keys: str, values: str, dim: int) -> dict[str, object]:
     return {"KEYS": made[0], "VALUES": made[1]}
 
 
+def arm_name(kernel: str, keys: str, values: str, how: Settings | None = None) -> str:
+    """What an arm is called, with settings that are not the chosen ones."""
+    kept = keys if keys == values else f"{keys}, {values}"
+    return f"{kernel} {kept}" + (
+        f" ({how.subs} subs {how.warps} warps {how.registers} registers {how.programs} programs)"
+        if how
+        else ""
+    )
+
+
+def fastest(found: dict[str, list[Timing]], width: str) -> str | None:
+    """The rival of this width whose median over the rounds is shortest, if any ran."""
+    rivals = [arm for arm in found if arm.startswith(width)]
+    return min(rivals, key=lambda arm: median(t.p50 for t in found[arm]), default=None)
+
+
+def ratios(found: dict[str, list[Timing]], arm: str, rival: str) -> list[float]:
+    """Times faster than a rival, one figure a round; empty if one of the two was left out of a round."""
+    pairs = zip(found[rival], found[arm], strict=len(found[rival]) == len(found[arm]))
+    return sorted(other.p50 / own.p50 for other, own in pairs)
+
+
+def shape_lines(
+    shape: Shape,
+    found: dict[str, list[Timing]],
+    sizes: dict[tuple[Shape, str], int],
+    refused: dict[tuple[Shape, str], str],
+    copied: float,
+) -> list[str]:
+    """A line an arm: percentiles of the median round, bandwidth, and times faster than the best bf16."""
+    best = fastest(found, "bf16")
+    lines = [
+        f"{shape.batch} x {shape.heads} heads x {shape.rows} rows x {shape.tokens}, head_dim {shape.dim}"
+    ]
+    for arm, rounds in found.items():
+        took = sorted(rounds, key=lambda t: t.p50)[len(rounds) // 2]
+        rate = sizes[shape, arm] / took.p50 * 1e6
+        line = (
+            f"   {arm:32} p20 {took.p20:8.1f} p50 {took.p50:8.1f} p80 {took.p80:8.1f} us "
+            f"{rate / 1e9:5.0f} GB/s {rate / copied:4.0%} of the copy"
+        )
+        if best:
+            times = ratios(found, arm, best)
+            line += f"  x {median(times):.2f} [{times[0]:.2f}, {times[-1]:.2f}]"
+        lines.append(line)
+    lines += [f"   {arm:32} {why}" for (at, arm), why in refused.items() if at == shape and arm not in found]
+    return lines
+
+
+TABLE_FORMS = ("4", "3.5", "3", "2.5", "2")
+TABLE_NAMES = {"3.5": "conservative", "2.5": "aggressive"}
+
+
+def markdown(kernel: str, found: dict[Shape, dict[str, list[Timing]]]) -> list[str]:
+    """The table of README: a row a shape, ratios to the best bf16 attention, medians of the rounds."""
+    forms = [
+        form for form in TABLE_FORMS if any(arm_name(kernel, form, form) in each for each in found.values())
+    ]
+    names = [TABLE_NAMES.get(form, form) for form in forms]
+    lines = [
+        "| batch, KV heads, query rows, tokens, head_dim | bf16 us | FP8 | " + " | ".join(names) + " |",
+        "|" + "---|" * (3 + len(forms)),
+    ]
+    for shape, arms_found in found.items():
+        best, narrow = fastest(arms_found, "bf16"), fastest(arms_found, "fp8")
+        if best is None:
+            continue
+        wanted = [narrow, *(arm_name(kernel, form, form) for form in forms)]
+        cells = [
+            f"{median(ratios(arms_found, arm, best)):.2f}" if arm in arms_found else "" for arm in wanted
+        ]
+        size = ", ".join(str(n) for n in (shape.batch, shape.heads, shape.rows, shape.tokens, shape.dim))
+        lines.append(
+            f"| {size} | {median(t.p50 for t in arms_found[best]):.1f} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", choices=("gluon", "triton"), help="only this one, not all that run here")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the checks")
+    parser.add_argument(
+        "--shapes", help="only these: batch x heads x rows x tokens [x head_dim], 8x8x4x32768,..."
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each arm is built and timed")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the checks, fewer shapes")
     parser.add_argument("--sweep", action="store_true", help="also time other settings")
     parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no timing after this")
@@ -513,6 +580,8 @@ def main(arguments: list[str] | None = None) -> int:
     kernels: list[Kernel] = ["gluon", "triton"] if capability == (9, 0) else ["triton"]
     kernels = [kernel for kernel in kernels if chosen.kernel in (None, kernel)]
     shapes = SHAPES + ([] if chosen.quick else OTHER_SHAPES)
+    if chosen.shapes:
+        shapes = [Shape(*map(int, word.split("x"))) for word in chosen.shapes.split(",")]
 
     def settings(shape: Shape, k: str, v: str, kernel: Kernel) -> list[Settings]:
         tried = sweep_settings(shape, k, v, kernel) if chosen.sweep and k == v and shape in SHAPES else []
@@ -572,68 +641,47 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
     copied = copy_bandwidth()
-    lines: list[str] = []
-    shown: list[str] = []
-    for shape in shapes:
-        if time.monotonic() - began > chosen.seconds:
-            note(f"{shape} left out: no time left")
-            continue
-        base = baselines(shape)
-        timed = {name: t for name, t in base.items() if isinstance(t, Timing)}
-        best = min(timed, key=lambda name: timed[name].p50)
-        reads = 4 * shape.batch * shape.heads * shape.tokens * shape.dim
-        rate = reads / timed[best].p50 * 1e6
+    found: dict[Shape, dict[str, list[Timing]]] = {shape: {} for shape in shapes}
+    sizes: dict[tuple[Shape, str], int] = {}
+    refused: dict[tuple[Shape, str], str] = {}
+
+    def keep(shape: Shape, arm: str, took: Timing | str, size: int, **details: object) -> None:
         records.append(
-            {
-                "shape": asdict(shape),
-                "baselines": {n: t if isinstance(t, str) else asdict(t) for n, t in base.items()},
-            }
+            {"shape": asdict(shape), "arm": arm, "bytes": size, **details}
+            | ({"refused": took} if isinstance(took, str) else {"time": asdict(took)})
         )
-        headline = (
-            f"{shape.batch:2} x {shape.heads} heads x {shape.rows:2} rows x {shape.tokens:6} d {shape.dim:3} "
-            f"bf16 {best:13} {timed[best].p50:8.1f} us {rate / 1e9:5.0f} GB/s {rate / copied:4.0%}"
-        )
-        lines.append(headline)
-        shown.append(headline)
+        if isinstance(took, str):
+            refused[shape, arm] = took
+        else:
+            found[shape].setdefault(arm, []).append(took)
+            sizes[shape, arm] = size
+
+    for number, shape in itertools.product(range(chosen.rounds), shapes):
+        if time.monotonic() - began > chosen.seconds:
+            note(f"{shape} left out of round {number + 1}: no time left")
+            continue
+        read = 2 * shape.batch * shape.heads * shape.tokens * shape.dim
+        for width, rivals in (("bf16", bf16_rivals), ("fp8", fp8_rivals)):
+            for name, took in time_rivals(rivals(shape)).items():
+                keep(shape, f"{width} {name}", took, read * (2 if width == "bf16" else 1))
         for kernel, k, v in [(each, *pair) for each in kernels for pair in arms(shape)]:
-            found: list[tuple[float, int, str]] = []
-            for number, how in enumerate(settings(shape, k, v, kernel)):
-                if time.monotonic() - began > chosen.seconds:
-                    break
+            for place, how in enumerate(settings(shape, k, v, kernel)):
+                arm = arm_name(kernel, k, v, how if place else None)
                 try:
-                    took, size = time_packed(shape, k, v, how, kernel)
+                    keep(shape, arm, *time_packed(shape, k, v, how, kernel), settings=asdict(how))
                 except Exception as problem:
-                    note(f"{shape} {kernel} k {k} v {v} {how}: {str(problem)[:200]}")
-                    continue
-                records.append(
-                    {
-                        "shape": asdict(shape),
-                        "kernel": kernel,
-                        "codes": [k, v],
-                        "settings": asdict(how),
-                        "time": asdict(took),
-                    }
-                )
-                what = (
-                    f"  {how.subs} subs {how.warps} warps {how.registers} registers {how.programs} programs"
-                )
-                line = (
-                    f"   {kernel:6} k {k:13} v {v:13} {took.p20:8.1f} {took.p50:8.1f} {took.p80:8.1f} us "
-                    f"{size / took.p50 / 1e3:5.0f} GB/s {size / took.p50 * 1e6 / copied:4.0%}  "
-                    f"x {timed[best].p50 / took.p50:.2f}{what if number else ''}"
-                )
-                lines.append(line)
-                found.append((took.p50, number, line))
-            # The chosen settings, and the best of the others where they are more than 2 % faster.
-            shown += [line for _, number, line in found if number == 0]
-            shown += [line for t, number, line in [min(found)] if t < 0.98 * found[0][0]] if found else []
-        note(f"{shape}: {best} {timed[best].p50:.1f} us")
+                    keep(shape, arm, _first_line(problem), 0, settings=asdict(how))
+        note(f"{shape}, round {number + 1}")
+    lines = [line for shape in shapes for line in shape_lines(shape, found[shape], sizes, refused, copied)]
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "decode.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         (chosen.out / "decode.txt").write_text("\n".join(lines) + "\n")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
-    print("\n".join(shown))
+    print("\n".join(lines))
+    for kernel in kernels:
+        print(f"\n{kernel}, times faster than the best bf16 attention\n")
+        print("\n".join(markdown(kernel, found)))
     print("wrong:", ", ".join(wrong) or "none")
     return 1 if wrong else 0
 
