@@ -107,6 +107,8 @@ CASES = [
     ((((64, 4),), ((64, 2),)), 4, torch.bfloat16, "oblivious"),
     ((((256, 4),), ((256, 4),)), 2, torch.bfloat16, "oblivious"),
     ((((128, 1),), ((128, 1),)), 16, torch.float16, "oblivious"),
+    ((((96, 4),), ((96, 3),)), 3, torch.bfloat16, "oblivious"),
+    ((((256, 3),), ((256, 2),)), 13, torch.bfloat16, "oblivious"),
     *(
         (parts, groups, dtype, split)
         for parts, groups, dtype in (

@@ -42,7 +42,16 @@ def off(attend_codes):
 
 @pytest.mark.parametrize(
     ("bits", "dim"),
-    [((4, 4), 64), ((4, 4), 128), ((3, 3), 128), ((2, 2), 128), ((1, 1), 128), ((4, 2), 64), ((1, 3), 256)],
+    [
+        ((4, 4), 64),
+        ((4, 4), 128),
+        ((3, 3), 128),
+        ((2, 2), 128),
+        ((1, 1), 128),
+        ((4, 2), 64),
+        ((2, 4), 96),
+        ((1, 3), 256),
+    ],
 )
 def test_random_codes(bits, dim, off):
     assert off(layer(900, bits, dim, heads=2), normal(1, 2, 4, dim), length=877) < TOLERANCE

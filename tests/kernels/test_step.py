@@ -125,14 +125,23 @@ def test_the_plain_kernel_reads_it_too(
     check("triton", chunks, before, window, sinks, padding, removed, fixed, rule, softcap, (parts, split))
 
 
+@NEEDS_TRITON
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("parts", [((96, 4),), ((32, 4), (64, 3))])
+@pytest.mark.parametrize("kernel", BOTH)
+def test_a_head_dim_that_is_no_power_of_two(kernel, parts) -> None:
+    check(kernel, [1, 2], 90, 20, 3, (3, 0), 9, True, "codes", None, ((parts, parts), "outlier"))
+
+
 def check(kernel, chunks, before, window, sinks, padding, removed, fixed, rule, softcap, codes) -> None:
     """Decoding steps of these sizes after a prompt, against the reference."""
     total = before + sum(chunks)
-    keys, values = (normal(B, G, total, D, seed=s) for s in (2, 3))
-    query = normal(B, G * R, total, D, seed=1)
     parts, split = codes
+    dim = sum(width for width, _ in parts[0])
+    keys, values = (normal(B, G, total, dim, seed=s) for s in (2, 3))
+    query = normal(B, G * R, total, dim, seed=1)
     kinds = ({"kind": "prod"}, {}) if split == "prod" else ({"split": split},) * 2
-    codecs = [vector_codec(D, part, seed=i, **kinds[i]) for i, part in enumerate(parts)]
+    codecs = [vector_codec(dim, part, seed=i, **kinds[i]) for i, part in enumerate(parts)]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=total + 3 if fixed else None)
     first = torch.tensor(padding).clamp(max=before - 1)
     # With a capacity, outlier channels are chosen by the first tokens: there must be some.
@@ -264,7 +273,7 @@ def test_each_device_has_its_kernel(capability, best, refused, monkeypatch) -> N
         (lambda: vector_codec(64, ((32, 4), (32, 3)), seed=1, kind="prod"), SKETCH),
         (lambda: vector_codec(64, ((64, 1),), seed=1, kind="prod"), SKETCH),  # the sketch alone
         (lambda: vector_codec(64, ((64, 5),), seed=1), "1, 2, 3 or 4 bits"),
-        (lambda: vector_codec(96, ((96, 4),), seed=1), "64, 128 or 256 channels"),
+        (lambda: vector_codec(160, ((160, 4),), seed=1), "64, 96, 128 or 256 channels"),
     ],
 )
 def test_codecs_that_it_cannot_read(make, why, monkeypatch) -> None:

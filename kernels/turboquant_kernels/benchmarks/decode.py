@@ -325,7 +325,7 @@ def checks(quick: bool, kernel: Kernel) -> dict[str, Callable[[], float]]:
         case, Shape(3, 2, 4, 2000), "4", "4", first=[0, 777, 1995], skipped=4, length=1998
     )
     cases["softcap"] = partial(case, Shape(1, 2, 4, 3000), "4", "4", softcap=3.0, length=2999)
-    for dim in (64, 256):
+    for dim in (64, 96, 256):
         for bits in ("4", "3", "2"):
             cases[f"d {dim} bits {bits}"] = partial(case, Shape(2, 2, 4, 3000, dim), bits, bits, length=2970)
     cases["d 256 rows 8"] = partial(case, Shape(1, 2, 8, 3000, 256), "4", "4", length=2970)
@@ -390,7 +390,7 @@ ARMS += [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]
 
 def arms(shape: Shape) -> list[tuple[str, str]]:
     """What keys and values are kept as, where the kernels can read it: runs are multiples of 32 wide."""
-    return [pair for pair in ARMS if shape.dim > 64 or "." not in "".join(pair)]
+    return [pair for pair in ARMS if shape.dim % 128 == 0 or "." not in "".join(pair)]
 
 
 def mean_bits(form: str) -> float:
@@ -596,7 +596,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     checked = [
         Shape(1, 1, rows, 1, dim)
-        for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 256), (8, 256))
+        for rows, dim in ((4, 128), (8, 128), (16, 128), (4, 64), (4, 96), (4, 256), (8, 256))
     ]
     jobs |= {
         (kernel, form, form.removesuffix("-prod"), shape.dim, chosen_settings(shape, form, form, kernel), cap)
@@ -604,7 +604,7 @@ def main(arguments: list[str] | None = None) -> int:
         for shape in checked
         for form in FORMS
         for cap in (False, True)
-        if shape.dim > 64 or "." not in form
+        if shape.dim % 128 == 0 or "." not in form
         if form != "1" or shape == checked[0]
         if not cap or (form in ("4", "3.5-oblivious", "3.5", "2.5", "4-prod") and shape == checked[0])
     }

@@ -54,7 +54,7 @@ def settings_for(
 
     Args:
         rows: Query rows that share a key and value head.
-        head_dim: 64, 128 or 256.
+        head_dim: 64, 96, 128 or 256.
         key_bits: Bits of a key's codes over head_dim.
         value_bits: The same of a value's.
         blocks: Blocks of 32 tokens of all heads and batch rows together.
@@ -69,7 +69,9 @@ def settings_for(
     # Few blocks are one step of every program: then half the programs have half the overhead.
     short = blocks <= _FEW_BLOCKS
     if head_dim == 256:
-        subs, registers = 1, {4: 168, 8: 224, 16: 255}[queries]
+        # 16 rows do not fit the registers: they are read twice, 8 at a time.
+        queries = min(queries, 8)
+        subs, registers = 1, {4: 168, 8: 224}[queries]
         if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
             registers = 128
     elif queries == 4:
@@ -192,7 +194,7 @@ def combine(
     batch, heads, splits, rows, dim = partial.shape
     dependents = _dependent_launches(partial.device)
     programs = batch * heads * rows
-    columns = 32 if programs <= 256 else min(dim, 128)
+    columns = 32 if programs <= 256 else math.gcd(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
         partial, sums, out, *(raw or (None, None)), splits, rows, factor, DIM=dim, COLUMNS=columns,

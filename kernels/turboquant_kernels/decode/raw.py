@@ -34,11 +34,20 @@ def _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP: tl.cons
     return moved, total, x
 
 
+@triton.jit
+def _inside(rows, dim, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """A mask of rows, for all their coordinates."""
+    mask = rows[:, None]
+    if DIM < WIDTH:
+        mask = mask & (dim < DIM)[None, :]
+    return mask
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "queries", "count", "before", "start", "window", "sinks"])
 def attend_raw(
     q_ptr, keys_ptr, values_ptr, tokens_ptr, sink_keys_ptr, sink_values_ptr, first_ptr, before_ptr, start_ptr,
     x_ptr, sums_ptr, heads, rows, queries, count, before, start, window, sinks, scale, softcap,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """The raw tokens of one head, for up to ROWS query rows that share it.
@@ -70,6 +79,7 @@ def attend_raw(
         SOFTCAP: Whether scores are capped.
         ROWS: At least 16.
         DIM: head_dim.
+        WIDTH: The power of two that is no less.
         TILE: Tokens at a time.
         DEPENDENTS: Whether the next launch may begin, and wait, while this one runs.
     """
@@ -77,9 +87,10 @@ def attend_raw(
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, WIDTH)
     q_at = (head * rows + row)[:, None] * DIM + dim[None, :]
-    q = tl.load(q_ptr + q_at, mask=row[:, None] < rows, other=0.0)
+    known = _inside(row < rows, dim, DIM, WIDTH)
+    q = tl.load(q_ptr + q_at, mask=known, other=0.0)
     if before_ptr is not None:
         before = tl.load(before_ptr)
     if start_ptr is not None:
@@ -91,15 +102,15 @@ def attend_raw(
         begin = tl.load(first_ptr + head // heads)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    x = tl.zeros([ROWS, DIM], tl.float32)
+    x = tl.zeros([ROWS, WIDTH], tl.float32)
     for at in range(0, count, TILE):
         place = at + tl.arange(0, TILE)
         token = tl.load(tokens_ptr + place, mask=place < count, other=-1)
         held = (token >= start) & (token >= begin + sinks)
         here = (head * count + place)[:, None] * DIM + dim[None, :]
         # Void rows may hold anything, NaN too.
-        keys = tl.load(keys_ptr + here, mask=held[:, None], other=0.0)
-        values = tl.load(values_ptr + here, mask=held[:, None], other=0.0)
+        keys = tl.load(keys_ptr + here, mask=_inside(held, dim, DIM, WIDTH), other=0.0)
+        values = tl.load(values_ptr + here, mask=_inside(held, dim, DIM, WIDTH), other=0.0)
         seen = held[None, :] & (token[None, :] <= number[:, None])
         seen = seen & (number[:, None] - token[None, :] < window)
         top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
@@ -108,11 +119,11 @@ def attend_raw(
         token = begin + place
         held = (place < sinks) & (token <= last)
         here = (head * sinks + place)[:, None] * DIM + dim[None, :]
-        keys = tl.load(sink_keys_ptr + here, mask=held[:, None], other=0.0)
-        values = tl.load(sink_values_ptr + here, mask=held[:, None], other=0.0)
+        keys = tl.load(sink_keys_ptr + here, mask=_inside(held, dim, DIM, WIDTH), other=0.0)
+        values = tl.load(sink_values_ptr + here, mask=_inside(held, dim, DIM, WIDTH), other=0.0)
         seen = held[None, :] & (token[None, :] <= number[:, None])
         top, total, x = _fold(q, keys, values, seen, top, total, x, scale, softcap, SOFTCAP)
-    tl.store(x_ptr + q_at, x, mask=row[:, None] < rows)
+    tl.store(x_ptr + q_at, x, mask=known)
     sums_at = sums_ptr + 2 * (head * rows + row)
     tl.store(sums_at, top, mask=row < rows)
     tl.store(sums_at + 1, total, mask=row < rows)

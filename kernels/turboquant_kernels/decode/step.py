@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DIMS", "MOST_QUERIES", "attend", "preferred", "refusal", "sees_all_before"]
 
-DIMS = (64, 128, 256)
+DIMS = (64, 96, 128, 256)
 MOST_QUERIES = 8
 _RAW_ROWS = 16
 _RAW_TILE = 32 << 10  # bytes of raw keys at a time: what the smallest shared memory (99 KiB) takes
@@ -97,9 +97,9 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
     for half in (reading.keys, reading.values):
         if not _readable(half):
             return (
-                f"{half.side}s must have 64, 128 or 256 channels, in one part or split in two of widths that "
-                "are multiples of 32, of 1, 2, 3 or 4 bits each, a sketch of the residual only in keys of 1 "
-                "to 4 bits beside it in one part, not (channels, bits) "
+                f"{half.side}s must have 64, 96, 128 or 256 channels, in one part or split in two of widths "
+                "that are multiples of 32, of 1, 2, 3 or 4 bits each, a sketch of the residual only in keys "
+                "of 1 to 4 bits beside it in one part, not (channels, bits) "
                 f"{half.codec.runs} with {half.codec.scales} norms"
             )
     return None
@@ -156,7 +156,7 @@ def attend(
         reading.keys.sinks, reading.values.sinks, first, known["before"], known["start"], *raw, heads, rows,
         count, reading.raw_keys.shape[2], fixed["before"], fixed["start"],
         reading.window if banded else _NO_WINDOW, reading.sinks, scale * _LOG2_E, (softcap or 0.0) * _LOG2_E,
-        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim,
+        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim, WIDTH=1 << (dim - 1).bit_length(),
         TILE=min(64, _RAW_TILE // (dim * query.element_size())),
         DEPENDENTS=query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0),
     )  # fmt: skip
