@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turboquant_kernels import registers
 from turboquant_kernels.decode.unpack import Codes
+from turboquant_kernels.hadamard.reference import rotate
 
 FIXED = 32512.0
 
@@ -45,7 +46,8 @@ def attend_codes(
     query: Tensor, keys: Codes, values: Codes, *, softmax_scale: float, queries_per_head: int, length: int,
     moving: int = 0, skipped: int = 0, first: Tensor | None = None, softcap: float | None = None,
     subs: int = 1, warps: int = 4, splits: int = 3, headroom: float = 36.0, floor: int = 0,
-    raw: tuple[Tensor, Tensor] | None = None,
+    raw: tuple[Tensor, Tensor] | None = None, factors: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""
     batch, heads, rows = query.shape[:3]
@@ -59,11 +61,11 @@ def attend_codes(
     ]
     scaled = by_norm(list(torch.split(query.float() * relative[0], keys.widths, dim=-1)), len(keys.norms))
     key_levels = by_norm(whole_levels(keys, registers.unpack_keys), len(keys.norms))
-    factors = [norms.float() for norms in keys.norms]
+    multipliers = [norms.float() for norms in keys.norms]
     if keys.relative:
-        factors[1] = factors[1] * factors[0]
+        multipliers[1] = multipliers[1] * multipliers[0]
     score = torch.zeros(())
-    for part, levels, norms in zip(scaled, key_levels, factors, strict=True):
+    for part, levels, norms in zip(scaled, key_levels, multipliers, strict=True):
         parts, unit = fixed_queries(part)
         high, low = (byte.double() @ levels.double().mT for byte in parts)
         halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
@@ -135,4 +137,7 @@ def attend_codes(
         total = total + (raw[1][..., 1] * raw_share)[..., None]
         raw[0].mul_(raw_share[..., None]).div_(total.clamp_min(1e-30))
     out = (torch.stack(outs) * share[..., None]).sum(0) * relative[1] / values.units[0] / total
-    return torch.where(total == 0, 0.0, out)
+    out = torch.where(total == 0, 0.0, out)
+    if factors is not None:
+        out = rotate(out, factors, inverse=True) + (0.0 if raw is None else raw[0])
+    return out.to(dtype)

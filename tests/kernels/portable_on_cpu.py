@@ -18,7 +18,7 @@ WARPS = 32
 
 def attend_codes(patch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """`launch.attend_codes` with that kernel; what it leaves unwritten is NaN."""
-    interpret(patch, "decode.combine", "decode.portable", "decode.launch")
+    interpret(patch, "hadamard.kernel", "decode.combine", "decode.portable", "decode.launch")
     launch = sys.modules["turboquant_kernels.decode.launch"]
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     empty = torch.empty

@@ -23,7 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, "packed_kv.append")
+        interpret(patch, "hadamard.kernel", "packed_kv.append")
         yield patch
 
 
@@ -35,10 +35,17 @@ def whole(bits: tuple[int, int], dim: int) -> list[VectorCodec]:
     return [vector_codec(dim, ((dim, b),), seed=b) for b in bits]
 
 
-def fill(codecs: Sequence[VectorCodec], window: int, sinks: int, capacity: int | None) -> PackedKV:
+def fill(
+    codecs: Sequence[VectorCodec],
+    window: int,
+    sinks: int,
+    capacity: int | None,
+    padding: Sequence[int] = (0,),
+) -> PackedKV:
     dim, heads = codecs[0].dim, 2 if codecs[0].data_dependent else 1
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
-    keys, values = (normal(1, heads, 80, dim, seed=s) for s in (1, 2))
+    kv.pad(torch.tensor(padding) if any(padding) else None)
+    keys, values = (normal(len(padding), heads, 80, dim, seed=s) for s in (1, 2))
     keys[0, 0, :, 3::5] *= 4
     keys[0, 0, 20] = 0
     keys[0, 0, 21] *= 1e-14
@@ -55,20 +62,22 @@ def fill(codecs: Sequence[VectorCodec], window: int, sinks: int, capacity: int |
     return kv
 
 
-def check_bytes(make, window, sinks, capacity, interpreted) -> None:
-    expected = fill(make(), window, sinks, capacity)
+def check_bytes(make, window, sinks, capacity, interpreted, padding: Sequence[int] = (0,)) -> None:
+    expected = fill(make(), window, sinks, capacity, padding)
     calls = []
     append = fused.append
     with interpreted.context() as patch:
         patch.setattr(device, "has_triton", lambda x: x.shape[2] == 1)
         patch.setattr(fused, "encodes", lambda codec, x: False)
-        patch.setattr(fused, "append", lambda *args: calls.append(append(*args)))
-        found = fill(make(), window, sinks, capacity)
+        patch.setattr(fused, "append", lambda *args, **options: calls.append(append(*args, **options)))
+        found = fill(make(), window, sinks, capacity, padding)
     assert len(calls) == 35
     for a, b in ((expected.keys, found.keys), (expected.values, found.values)):
         for x, y in zip(a.tensors(), b.tensors(), strict=True):
             assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
     assert int(expected.encoded) == int(found.encoded) > 32
+    assert int(expected.length) == int(found.length) == window + 5 + 34 + 8 - 3
+    assert found._ticket is None or int(found._ticket) == 0
 
 
 @pytest.mark.parametrize(
@@ -103,3 +112,9 @@ def test_bytes_of_split_channels_are_the_same(dim, parts, split, capacity, inter
         return [vector_codec(dim, parts, seed=seed, split=split) for seed in (1, 2)]
 
     check_bytes(make, 16, 4, capacity, interpreted)
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_sinks_behind_padding_are_kept(capacity, interpreted) -> None:
+    """The first tokens of one row come one at a time, those of the other are there already."""
+    check_bytes(lambda: whole((2, 1), 32), 4, 6, capacity, interpreted, padding=(0, 12))

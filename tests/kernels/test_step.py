@@ -31,8 +31,8 @@ SKETCH = "a sketch of the residual only in keys of 1 to 4 bits"
 def on_cpu():
     """`step.attend` with kernels that a CPU can run."""
     with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, "decode.raw")
         found = {"gluon": emulation.attend_codes, "triton": portable_on_cpu.attend_codes(patch)}
+        interpret(patch, "decode.raw")
 
         def attend_codes(query, *codes, kernel, length_tensor=None, floor=0, floor_tensor=None, **options):
             options["length"] += 0 if length_tensor is None else int(length_tensor)
@@ -41,6 +41,7 @@ def on_cpu():
 
         launch = ModuleType("launch")
         launch.attend_codes = attend_codes
+        launch.combine = sys.modules["turboquant_kernels.decode.launch"].combine
         patch.setitem(sys.modules, "turboquant_kernels.decode.launch", launch)
         yield
 
@@ -179,6 +180,50 @@ def test_before_outlier_channels_are_chosen(padding, sinks, window) -> None:
     codes = (((32, 4), (32, 3)),) * 2, "outlier"
     before = 1 + max(padding)
     check("gluon", [1] * 8, before, window, sinks, padding, 0, False, "codes", None, codes)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("side", "fault"),
+    [("keys", "order"), ("values", "order"), ("keys", "none"), ("values", "none"), ("values", "one sign")],
+)
+def test_a_wrong_rotation_is_seen(side, fault, monkeypatch) -> None:
+    """Its rounds in the wrong order, or forgotten; or a sign that is wrong in one round."""
+    right = step._factors
+
+    def wrong(codec):
+        factors = right(codec)
+        if codec is not getattr(reading, side).codec:
+            return factors
+        if fault == "one sign":
+            factors = factors.clone()
+            factors[1, 5] *= -1
+            return factors
+        return factors.flip(0) if fault == "order" else factors[:0]
+
+    kv = PackedKV(*(vector_codec(D, ((D, 4),), seed=s) for s in (1, 2)), window=4)
+    keys, values = (normal(B, G, 40, D, seed=s) for s in (2, 3))
+    query = normal(B, G * R, 1, D, seed=1)
+    kv.update(keys[:, :, :39], values[:, :, :39])
+    reading = kv.update(keys[:, :, 39:], values[:, :, 39:])
+    expected = attend(query, reading, scale=0.3)
+    assert error(step.attend(query, reading, scale=0.3, kernel="triton"), expected, values) < 1e-3
+    monkeypatch.setattr(step, "_factors", wrong)
+    assert error(step.attend(query, reading, scale=0.3, kernel="triton"), expected, values) > 1e-2
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("on_cpu")
+def test_a_context_within_the_window_is_read() -> None:
+    """No codes yet: raw tokens alone."""
+    kv = PackedKV(*(vector_codec(D, ((D, 4),), seed=s) for s in (1, 2)), window=40)
+    keys, values = (normal(B, G, 20, D, seed=s) for s in (2, 3))
+    query = normal(B, G * R, 1, D, seed=1)
+    kv.update(keys[:, :, :19], values[:, :, :19])
+    reading = kv.update(keys[:, :, 19:], values[:, :, 19:])
+    found = step.attend(query, reading, scale=0.3, kernel="triton")
+    assert error(found, attend(query, reading, scale=0.3), values) < 1e-6
 
 
 @NEEDS_TRITON

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from turboquant_kernels import dequantize, hadamard, scores, sketch
 from turboquant_kernels.benchmarks.decode import LEVELS
-from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_launches
+from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_in_turn, time_launches
+from turboquant_kernels.decode import step
 from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference
-from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Run, VectorCodec, fused
+from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, VectorCodec, fused
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
 from turboquant_kernels.scores import reference as products
 
@@ -61,10 +62,10 @@ class SignedHadamard:
         return SignedHadamard(self.factors.to(device))
 
 
-def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0) -> VectorCodec:
+def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0, rounds: int = 3) -> VectorCodec:
     """A codec with one norm whose runs are (width, bits); what its levels are does not matter for time."""
     source = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (3, dim), generator=source) * 2 - 1
+    signs = torch.randint(0, 2, (rounds, dim), generator=source) * 2 - 1
     runs = []
     for width, bits in parts:
         positive, scale = LEVELS[bits]
@@ -339,39 +340,62 @@ def time_torch(dim: int, vectors: int, bits: int) -> Row:
     return Row(f"d {dim:3} encode {dim} x {bits} bits, keys, by torch", timing, size)
 
 
-def time_append(batch: int, rotations: bool, window: int = 128, dim: int = 128, bits: int = 4) -> Row:
-    """One decoding step's keys and values into a cache of fixed capacity, lengths on the device.
-
-    With rotations, also its queries into the keys' basis, and outputs back from the values', of 4 query heads
-    a key head.
-    """
-    heads = 8
-    tokens = 4096
-    kv = PackedKV(
-        codec_of(dim, (dim, bits), seed=1),
-        codec_of(dim, (dim, bits), seed=2),
-        window=window,
-        capacity=2 * tokens,
-    )
+def filled(batch: int, heads: int, tokens: int, room: int, dim: int, bits: int, rounds: int = 3) -> PackedKV:
+    """A layer's cache of fixed capacity, its lengths on the device."""
+    codecs = [codec_of(dim, (dim, bits), seed=seed, rounds=rounds) for seed in (1, 2)]
+    kv = PackedKV(*codecs, window=128, capacity=tokens + room)
     start = [torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     kv.update(start[0], start[1])
-    new = [x[:, :, :1].clone() for x in start]
-    halves = list(zip((kv.keys, kv.values), new, strict=True))
+    return kv
 
-    query, out = (
-        torch.randn(batch, 4 * heads, dim, device="cuda").to(d) for d in (torch.bfloat16, torch.float32)
-    )
-    key_factors, value_factors = factors_of(dim, 1), factors_of(dim, 2)
 
-    def step() -> None:
-        fused.append(halves, kv.length, kv.encoded, 0)
-        if rotations:
-            hadamard.rotate(query, key_factors)
-            hadamard.rotate(out, value_factors, inverse=True, dtype=torch.bfloat16)
-
+def time_append(batch: int, dim: int = 128, bits: int = 4) -> Row:
+    """One decoding step's keys and values into a cache: what `PackedKV.update` launches."""
+    heads = 8
+    kv = filled(batch, heads, 4096, 4096, dim, bits)
+    new = [torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     size = sum(2 * x.nbytes for x in new) * 2
-    what = "append and both rotations" if rotations else "append"
-    return Row(f"{what}, batch {batch}, {heads} heads", time_launches([step], at_least=64), size)
+    timing = time_launches([partial(kv.update, new[0], new[1])], at_least=64)
+    return Row(f"append, batch {batch}, {heads} heads", timing, size)
+
+
+def time_around(batch: int, tokens: int, dim: int = 128, bits: int = 4) -> list[Row]:
+    """A decoding step of a layer's attention, with 4 query heads a key head, and what is not its attention.
+
+    The whole step appends a token, rotates the queries, attends to raw tokens and codes, and rotates the
+    outputs back. The same without these three attends to what is held already, in a cache whose rotations
+    have no rounds; it still writes the queries in float32, and the outputs in their dtype. Replayed in turn;
+    the third row is the difference of each pair.
+    """
+    heads = 8
+    size = 2 * batch * heads * tokens * (dim * bits // 8 + 2)
+    count = max(2, min(16, round(CACHE_BYTES / size)))
+    query = torch.randn(batch, 4 * heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    new = [torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    kernel = step.preferred(query.device)
+    launches = 64 // count + 1
+    stores = [filled(batch, heads, tokens, 64 * launches, dim, bits) for _ in range(count)]
+    plain = [filled(batch, heads, tokens, 1, dim, bits, rounds=0) for _ in range(count)]
+    readings = [kv.update(new[0], new[1]) for kv in plain]
+
+    def attend(reading: Reading) -> Tensor:
+        return step.attend(query, reading, scale=dim**-0.5, kernel=kernel)
+
+    def whole(kv: PackedKV) -> Tensor:
+        return attend(kv.update(new[0], new[1]))
+
+    arms = {
+        "a step": [partial(whole, kv) for kv in stores],
+        "the same without append and rotations": [partial(attend, reading) for reading in readings],
+    }
+    times = time_in_turn(arms, at_least=64)
+    times["append and both rotations"] = [a - b for a, b in zip(*times.values(), strict=True)]
+    rows = []
+    for name, found in times.items():
+        found.sort()
+        timing = Timing(*(found[round(share * (len(found) - 1))] for share in (0.2, 0.5, 0.8)))
+        rows.append(Row(f"batch {batch}, {heads} heads, {tokens} tokens: {name}", timing, size))
+    return rows
 
 
 def time_rotation(rows: int, dim: int = 128) -> Row:
@@ -420,8 +444,10 @@ def main(arguments: list[str] | None = None) -> int:
     for row in time_reading(128, chosen.vectors):
         add(row)
     for batch in (1, 64):
-        for rotations in (False, True):
-            add(time_append(batch, rotations))
+        add(time_append(batch))
+    for batch, tokens in ((1, 8192), (1, 32768), (64, 1024)):
+        for row in time_around(batch, tokens):
+            add(row)
     for count in (8, 32, 512, 2048):
         add(time_rotation(count))
     if chosen.out:

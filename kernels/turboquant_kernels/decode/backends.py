@@ -100,7 +100,7 @@ class Attention:
         """Whether the mask adds nothing; asked once a forward, whose layers share a mask."""
         state: object = None  # what a mask says may change between steps, or be reused
         if not mask.is_inference():
-            state = (mask._version, reading.before if isinstance(reading.before, int) else None)
+            state = (mask._version, reading.after if isinstance(reading.after, int) else None)
             if self._mask is not None and self._mask[0]() is mask and self._mask[1] == state:
                 return self._mask[2]
         plain = step.sees_all_before(mask, reading)

@@ -13,6 +13,7 @@ from torch import Tensor
 from turboquant_kernels.decode.combine import combine_splits
 from turboquant_kernels.decode.portable import attend_splits as attend_splits_plainly
 from turboquant_kernels.decode.unpack import Codes, kernel_runs, table_tensor
+from turboquant_kernels.device import has_dependent_launches
 
 __all__ = ["Kernel", "Settings", "attend_codes", "combine", "settings_for"]
 
@@ -109,6 +110,8 @@ def attend_codes(
     first: Tensor | None = None,
     softcap: float | None = None,
     raw: tuple[Tensor, Tensor] | None = None,
+    factors: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     kernel: Kernel = "gluon",
     assembly: bool = True,
     settings: Settings | None = None,
@@ -131,7 +134,10 @@ def attend_codes(
         skipped: Tokens after the padding that are not read.
         first: (B,) int64: padding tokens of each row.
         softcap: c of c tanh(s / c).
-        raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place.
+        raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place, or, with `factors`,
+            added to the result.
+        factors: (rounds, D), of the values' Hadamard rotation, to be undone.
+        dtype: Of the result.
         kernel: "gluon" (`sm90`) or "triton" (`portable`).
         assembly: False in Triton's interpreter, which knows no PTX: "triton" then looks codes up by plain
             operations.
@@ -139,7 +145,7 @@ def attend_codes(
         splits: Programs a head.
 
     Returns:
-        (B, G, rows, D) float32, in the values' rotated basis.
+        (B, G, rows, D), in the values' rotated basis unless there are `factors`.
     """
     batch, heads, rows = query.shape[:3]
     dim, blocks = sum(values.widths), keys.words[0].shape[2]
@@ -154,7 +160,7 @@ def attend_codes(
         splits = max(1, min(processors * how.programs // (batch * heads * groups), steps))
     partial = torch.empty(batch, heads, splits, rows, dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, dtype=torch.float32, device=query.device)
-    out = torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, heads, rows, dim, dtype=dtype, device=query.device)
     grid = (splits, batch * heads, -(-rows // how.queries))
     key_runs, value_runs, tables = kernel_runs(keys, values)
     found = (
@@ -163,7 +169,7 @@ def attend_codes(
         heads, rows, queries_per_head, skipped, length, moving, floor, softmax_scale * LOG2_E / keys.units[0],
         keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], (softcap or 0.0) * LOG2_E,
     )  # fmt: skip
-    dependents = _dependent_launches(query.device)
+    dependents = has_dependent_launches(query.device)
     constants: dict[str, object] = {
         "KEYS": key_runs, "VALUES": value_runs, "QUERIES": how.queries, "SUBS": how.subs, "WARPS": how.warps,
         "SOFTCAP": softcap is not None, "DEPENDENTS": dependents, "num_warps": how.warps,
@@ -175,7 +181,7 @@ def attend_codes(
         attend_splits[grid](*found, **constants)
     else:
         attend_splits_plainly[grid](*found, **constants, ASM=assembly)
-    combine(partial, sums, out, 1 / values.units[0], raw)
+    combine(partial, sums, out, 1 / values.units[0], raw, factors, apart=factors is None)
     return out
 
 
@@ -184,25 +190,33 @@ def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
 
 
 def combine(
-    partial: Tensor, sums: Tensor, out: Tensor, factor: float, raw: tuple[Tensor, Tensor] | None = None
+    partial: Tensor,
+    sums: Tensor,
+    out: Tensor,
+    factor: float,
+    raw: tuple[Tensor, Tensor] | None = None,
+    factors: Tensor | None = None,
+    apart: bool = False,
 ) -> None:
     """Launch `combine_splits`, where the GPU can so that its start overlaps the end of the launch before it.
 
-    Each of these launches waits for the one before it to be over before it reads or writes anything, so what
-    lies further back is over too.
+    Args:
+        partial: (B, G, splits, rows, D) float32.
+        sums: (B, G, splits, rows, 2) float32.
+        out: (B, G, rows, D) out.
+        factor: Of the result, but for the raw tokens.
+        raw: x and sums of the raw tokens.
+        factors: (rounds, D), of a Hadamard rotation to undo.
+        apart: Divide the raw tokens' x in place instead of adding it.
     """
     batch, heads, splits, rows, dim = partial.shape
-    dependents = _dependent_launches(partial.device)
+    dependents = has_dependent_launches(partial.device)
     programs = batch * heads * rows
-    columns = 32 if programs <= 256 else math.gcd(dim, 128)
+    columns = dim if factors is not None else 32 if programs <= 256 else math.gcd(dim, 128)
     power = triton.next_power_of_2(splits)
     combine_splits[(programs, dim // columns)](
-        partial, sums, out, *(raw or (None, None)), splits, rows, factor, DIM=dim, COLUMNS=columns,
-        SPLITS=power, AT_ONCE=min(power, 128), DEPENDENTS=dependents, num_warps=4 if power > 8 else 1,
-        launch_pdl=dependents,
+        partial, sums, out, *(raw or (None, None)), factors, splits, rows, factor, DIM=dim,
+        LOG=dim.bit_length() - 1, COLUMNS=columns, SPLITS=power, AT_ONCE=min(power, 128, 16384 // columns),
+        ROUNDS=0 if factors is None else factors.shape[0], APART=apart, DEPENDENTS=dependents,
+        num_warps=1 if power <= 8 else 4 if power * columns <= 4096 else 8, launch_pdl=dependents,
     )  # fmt: skip
-
-
-def _dependent_launches(device: torch.device) -> bool:
-    """Whether the GPU knows programmatic dependent launches: compute capability 9.0 and newer."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -490,11 +490,9 @@ def attend_splits(
         SUBS: Blocks a warp takes in one step.
         WARPS: Warps a program has.
         SOFTCAP: Whether scores are capped.
-        DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one (the
-            combination) the end of this one.
+        DEPENDENTS: Whether this launch overlaps the end of the one before it (which writes no codes or
+            lengths, and began when those were written), and the next one (the combination) the end of this one.
     """
-    if DEPENDENTS:
-        gl.inline_asm_elementwise(_WAIT, "=r", [], gl.int32, False, 1)
     ROWS: gl.constexpr = _row_layout(WARPS, QUERIES)
     LANES: gl.constexpr = _lane_layout(WARPS, QUERIES)
     PEAKS: gl.constexpr = gl.SliceLayout(1, ROWS)
@@ -556,6 +554,9 @@ def attend_splits(
         lane_words = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, TABLE)), 0)
         at = gl.zeros([WARPS, 128], gl.int32, layout=TABLE) + lane_words
         tables = tables + (gl.load(tables_ptr + 128 * k + at),)
+    if DEPENDENTS:
+        # Only the queries, and what is written, are the last launch's: codes and lengths are older.
+        gl.inline_asm_elementwise(_WAIT, "=r", [], gl.int32, False, 1)
     left = rows - first_row
     operands = ()
     halves = ()

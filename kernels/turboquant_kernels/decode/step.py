@@ -1,8 +1,9 @@
 """How does a decoding step attend to a `PackedKV` on a GPU? Raw tokens and codes in one softmax.
 
-    rotate queries -> raw tokens (`raw`) -> codes (`sm90` or `portable`) -> all under one softmax (`combine`)
-    -> rotate back
+    raw tokens, and queries rotated (`raw`) -> codes (`sm90` or `portable`) -> all under one softmax, rotated
+    back (`combine`)
 
+Three launches. A rotation that is no Hadamard transform of all channels is a matrix product of its own.
 Codes are read where they lie; lengths may be tensors on the device, so that a step can be captured in a
 graph.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from turboquant_kernels.decode.unpack import MOST_RUNS, Codes
+from turboquant_kernels.device import has_dependent_launches
 from turboquant_kernels.packed_kv import Reading, VectorCodec
 from turboquant_kernels.packed_kv.layout import in_register_order
 from turboquant_kernels.packed_kv.store import Half
@@ -30,7 +32,8 @@ __all__ = ["DIMS", "MOST_QUERIES", "attend", "preferred", "refusal", "sees_all_b
 DIMS = (64, 96, 128, 256)
 MOST_QUERIES = 8
 _RAW_ROWS = 16
-_RAW_TILE = 32 << 10  # bytes of raw keys at a time: what the smallest shared memory (99 KiB) takes
+_TURNED = 4  # rows that a program rotates
+_RAW_TILE = 16 << 10  # bytes of raw keys at a time: more would not fit registers
 _NO_WINDOW = 1 << 30
 _LOG2_E = 1.4426950408889634
 
@@ -125,57 +128,58 @@ def attend(
     Returns:
         (B, H, n, D) of the query's dtype; zero where a query sees nothing.
     """
-    from turboquant_kernels.decode.launch import attend_codes
+    from turboquant_kernels.decode.launch import attend_codes, combine
     from turboquant_kernels.decode.raw import attend_raw
 
     batch, query_heads, count, dim = query.shape
     heads = reading.raw_keys.shape[1]
     rows = query_heads // heads * count
     grouped = query.reshape(batch, heads, rows, dim).contiguous()
-    before, start = reading.before, reading.raw_start
-    known = {
-        name: number if isinstance(number, Tensor) else None
-        for name, number in (("before", before), ("start", start))
-    }
+    lengths = (reading.after, reading.raw_start)
+    known = [number if isinstance(number, Tensor) else None for number in lengths]
+    after, start = (0 if isinstance(number, Tensor) else number for number in lengths)
     first = None if reading.first is None else reading.first.contiguous()
-    raw = (
-        torch.empty(batch, heads, rows, dim, dtype=torch.float32, device=query.device),
-        torch.empty(batch, heads, rows, 2, dtype=torch.float32, device=query.device),
+    x, sums, turned = (
+        torch.empty(batch, heads, rows, width, dtype=torch.float32, device=query.device)
+        for width in (dim, 2, dim)
     )
-    fixed = {name: 0 if tensor is not None else number for (name, tensor), number in
-             zip(known.items(), (before, start), strict=True)}  # fmt: skip
     coded = reading.coded_end > 0
-    rotated = grouped
-    if coded:
+    forward, back = (_factors(half.codec) if coded else None for half in (reading.keys, reading.values))
+    if coded and forward is None:
         # Before the raw tokens, so that the launch of the codes overlaps theirs.
         with _FullPrecision():
-            rotated = _turned(grouped.float(), _basis(reading.keys.codec))
-    banded = reading.held is not None and reading.rule == "codes"
-    attend_raw[(batch * heads, -(-rows // _RAW_ROWS))](
-        grouped, reading.raw_keys.contiguous(), reading.raw_values.contiguous(), reading.raw_tokens,
-        reading.keys.sinks, reading.values.sinks, first, known["before"], known["start"], *raw, heads, rows,
-        count, reading.raw_keys.shape[2], fixed["before"], fixed["start"],
-        reading.window if banded else _NO_WINDOW, reading.sinks, scale * _LOG2_E, (softcap or 0.0) * _LOG2_E,
-        SOFTCAP=softcap is not None, ROWS=_RAW_ROWS, DIM=dim, WIDTH=1 << (dim - 1).bit_length(),
-        TILE=min(64, _RAW_TILE // (dim * query.element_size())),
-        DEPENDENTS=query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0),
+            turned = _turned(grouped.float(), _basis(reading.keys.codec))
+    ring, width = reading.held is None, 1 << (dim - 1).bit_length()
+    dependents = has_dependent_launches(query.device)
+    turning = 0 if forward is None else -(-batch * heads * rows // _TURNED)
+    attend_raw[(batch * heads + turning, -(-rows // _RAW_ROWS))](
+        grouped, reading.raw_keys.contiguous(), reading.raw_values.contiguous(), reading.keys.sinks,
+        reading.values.sinks, first, *known, forward, turned, x, sums, batch * heads, heads, rows, count,
+        reading.raw_keys.shape[2], after, start,
+        reading.window if reading.rule == "codes" and not ring else _NO_WINDOW, reading.sinks,
+        scale * _LOG2_E, (softcap or 0.0) * _LOG2_E, RING=ring, SOFTCAP=softcap is not None, ROWS=_RAW_ROWS,
+        DIM=dim, WIDTH=width, TILE=min(64, _RAW_TILE // (width * query.element_size())), TURNED=_TURNED,
+        LOG=dim.bit_length() - 1, ROUNDS=0 if forward is None else forward.shape[0], DEPENDENTS=dependents,
+        launch_pdl=dependents,
     )  # fmt: skip
     if not coded:
-        total = raw[1][..., 1:]
-        return torch.where(total == 0, 0.0, raw[0] / total).to(query.dtype).view(query.shape)
+        out = torch.empty_like(grouped)
+        combine(x[:, :, None], sums[:, :, None], out, 1.0)
+        return out.view(query.shape)
     # Under "codes", query i reads codes below before + i + 1 - window, and at least those without a raw copy;
     # under "raw" just these.
     moving = reading.rule == "codes"
     found = attend_codes(
-        rotated, _codes(reading.keys), _codes(reading.values), softmax_scale=scale, queries_per_head=count,
-        length=int(fixed["before"]) + 1 - reading.window if moving else 0,
-        length_tensor=known["before"] if moving else None, moving=int(moving), floor=int(fixed["start"]),
-        floor_tensor=known["start"], skipped=reading.sinks, first=first, softcap=softcap, raw=raw,
-        kernel=kernel,
+        turned, _codes(reading.keys), _codes(reading.values), softmax_scale=scale, queries_per_head=count,
+        length=after - count + 1 - reading.window if moving else 0,
+        length_tensor=known[0] if moving else None, moving=int(moving), floor=start, floor_tensor=known[1],
+        skipped=reading.sinks, first=first, softcap=softcap, raw=(x, sums), factors=back,
+        dtype=torch.float32 if back is None else query.dtype, kernel=kernel,
     )  # fmt: skip
-    with _FullPrecision():
-        joined = _add_turned_back(raw[0], found, _basis(reading.values.codec))
-    return joined.to(query.dtype).view(query.shape)
+    if back is None:
+        with _FullPrecision():
+            found = _add_turned_back(x, found, _basis(reading.values.codec)).to(query.dtype)
+    return found.view(query.shape)
 
 
 def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
@@ -229,6 +233,15 @@ def _codes(half: Half) -> Codes:
             sketched = True
     bits = tuple(bits for _, bits in half.codec.runs)
     return Codes(tuple(half.words), tuple(half.scales), bits, tuple(levels), tuple(units), sketched)
+
+
+def _factors(codec: object) -> Tensor | None:
+    """Diagonals of a rotation that the launches around the codes compute; None if they cannot."""
+    assert isinstance(codec, VectorCodec)  # for mypy: `refusal` asks
+    only = codec.groups[0] if len(codec.groups) == 1 else None
+    if only is None or only.sketch is not None or only.dim & (only.dim - 1):
+        return None
+    return getattr(only.rotation, "factors", None)
 
 
 def _basis(codec: object) -> _Basis:

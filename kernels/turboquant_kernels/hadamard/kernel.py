@@ -10,7 +10,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["columns", "inverse_tile", "rotate_rows", "rotate_tile", "sum_of_squares"]
+__all__ = [
+    "columns",
+    "hadamard",
+    "inverse_tile",
+    "rotate_few",
+    "rotate_rows",
+    "rotate_tile",
+    "sum_of_squares",
+]
+
+
+@triton.jit
+def hadamard(x, DIM: tl.constexpr, LOG: tl.constexpr):
+    """H of one vector (DIM,), spread over a warp or more: the same additions and subtractions."""
+    for k in tl.static_range(LOG):
+        y = tl.permute(tl.reshape(x, [DIM >> (k + 1), 2, 1 << k]), [0, 2, 1])
+        a, b = tl.split(y)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [DIM])
+    return x
+
+
+@triton.jit
+def rotate_few(
+    x, factors_ptr, ROWS: tl.constexpr, DIM: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr
+):
+    """Rounds of factors and butterflies of a few rows of x, (ROWS, DIM) float32, each spread over a warp."""
+    for k in tl.static_range(ROUNDS):
+        x = x * tl.load(factors_ptr + k * DIM + tl.arange(0, DIM))[None, :]
+        for s in tl.static_range(LOG):
+            y = tl.permute(tl.reshape(x, [ROWS, DIM >> (s + 1), 2, 1 << s]), [0, 1, 3, 2])
+            a, b = tl.split(y)
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [ROWS, DIM])
+    return x
 
 
 @triton.jit

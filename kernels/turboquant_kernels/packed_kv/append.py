@@ -2,8 +2,10 @@
 
 Each program takes the keys or the values of one head: the token that leaves the window is rotated (signs and
 Hadamard transforms), normalised, quantised and written into its words, whose other codes stay; the new token
-takes its place. Every product, sum, root and quotient is rounded as `codec` and `hadamard.reference` round
-it: launch it without fused multiply-adds. Where bits lie is drawn in `turboquant_kernels.registers`.
+takes its place, and, if it is one of a row's first, a place among the sinks. Lengths on the device are
+advanced by the program that is the last to have read them. Every product, sum, root and quotient is rounded
+as `codec` and `hadamard.reference` round it: launch it without fused multiply-adds. Where bits lie is drawn
+in `turboquant_kernels.registers`.
 """
 
 from __future__ import annotations
@@ -11,23 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turboquant_kernels.hadamard.kernel import hadamard
+
 __all__ = ["append_token"]
-
-
-@triton.jit
-def _halves(x, SIZE: tl.constexpr):
-    """First and second half of a vector."""
-    return tl.split(tl.permute(tl.reshape(x, [2, SIZE // 2]), [1, 0]))
-
-
-@triton.jit
-def _hadamard(x, DIM: tl.constexpr, LOG: tl.constexpr):
-    """Butterflies of stride 1, 2, 4, ..."""
-    for k in tl.static_range(LOG):
-        y = tl.permute(tl.reshape(x, [DIM >> (k + 1), 2, 1 << k]), [0, 2, 1])
-        a, b = tl.split(y)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [DIM])
-    return x
 
 
 @triton.jit
@@ -50,8 +38,8 @@ def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexp
     if M == 1:
         squares = x * x
         for k in tl.static_range(LOG):
-            first, second = _halves(squares, WIDTH >> k)
-            squares = first + second
+            # Two at a time: of more, a sum would not keep the order.
+            squares = tl.sum(tl.reshape(squares, [2, WIDTH >> (k + 1)]), 0)
         total = tl.sum(squares, 0)
     else:
         # 12 * 2^k = 3 * 2^(k + 2): halves until three are left, the last of which is added first. Read
@@ -64,8 +52,7 @@ def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexp
         x = tl.load(row_ptr + channel, mask=held, other=0.0).to(tl.float32)
         squares = tl.reshape(x * x, [WIDTH // 3 * 4])
         for k in tl.static_range(LOG + 2):
-            first, second = _halves(squares, (WIDTH // 3 * 4) >> k)
-            squares = first + second
+            squares = tl.sum(tl.reshape(squares, [2, (WIDTH // 3 * 4) >> (k + 1)]), 0)
         place = tl.arange(0, 4)
         last = tl.sum(tl.where(place == 2, squares, 0.0), 0)
         total = tl.sum(tl.where(place == 0, squares, 0.0), 0) + last
@@ -74,8 +61,8 @@ def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
-def _store_words(base, unit, lane, new, kept, do, k: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr):
-    """Rewrite word k of some of a run's units and lanes: loads of four words a lane, then two, then one."""
+def _place_of(unit, lane, k: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr):
+    """Where word k of a run's units and lanes lies: loads of four words a lane, then two, then one."""
     COUNT: tl.constexpr = UNITS * BITS
     FOURS: tl.constexpr = COUNT // 4
     word = unit * BITS + k
@@ -83,15 +70,41 @@ def _store_words(base, unit, lane, new, kept, do, k: tl.constexpr, BITS: tl.cons
     in_two = 128 * FOURS + lane * 2 + word - 4 * FOURS
     in_one = 32 * (COUNT - 1) + lane
     rest = tl.where(word < 4 * FOURS + COUNT % 4 // 2 * 2, in_two, in_one)
-    at = base + tl.where(word < 4 * FOURS, in_fours, rest)
-    written = (unit >= 0) & (unit < tl.where(do, UNITS, 0))
-    tl.store(at, (tl.load(at, mask=written, other=0) & kept) | new, mask=written)
+    return tl.where(word < 4 * FOURS, in_fours, rest)
+
+
+@triton.jit
+def _place_of_codes(
+    place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, VALUES: tl.constexpr
+):
+    """Units and lanes that hold codes of token `place` of a block, and which of them are of the run."""
+    LANES: tl.constexpr = 8 if VALUES else 4
+    unit = tl.arange(0, DIM // 32)[:, None] - FIRST + tl.zeros([DIM // 32, LANES], tl.int32)
+    lane = tl.arange(0, LANES)[None, :] + tl.zeros([DIM // 32, LANES], tl.int32)
+    # Values: coordinate 32 unit + 8 i + r; the token is column 16 h + 4 c + b, b = 2 (b // 2) + b % 2.
+    # Keys: coordinate 32 unit + 16 h + 4 c + b; the token is row 8 i + r.
+    lane = lane * 4 + place // 8 if VALUES else lane + place // 4 * 4
+    return unit, lane, (unit >= 0) & (unit < tl.where(do, COUNT, 0))
+
+
+@triton.jit
+def _load_run(
+    base, place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """The words that `_store_run` changes, as they are."""
+    unit, lane, held = _place_of_codes(place, do, FIRST, COUNT, DIM, VALUES)
+    words = ()
+    for k in tl.static_range(BITS):
+        words = words + (tl.load(base + _place_of(unit, lane, k, BITS, COUNT), mask=held, other=0),)
+    return words
 
 
 @triton.jit
 def _append(
     head, recent_ptr, new_ptr, channel_ptr, words_ptr, more_words_ptr, norms_ptr, factors_ptr,
-    thresholds_ptr, more_thresholds_ptr, signs_ptr, before, encoded, lowest, window, blocks,
+    thresholds_ptr, more_thresholds_ptr, sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks,
+    blocks,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
     FIRST_UNITS: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -99,7 +112,9 @@ def _append(
     """As `append_token`, for the channels of one half that share a norm."""
     SIZE: tl.constexpr = WIDTH if M == 1 else WIDTH // M * 16
     token = before - window
-    do = (token >= encoded) & (token >= lowest) & (token >= 0)
+    do = (token >= encoded) & (token >= lowest) & (token >= 0) & (token < blocks * 32)
+    token = tl.where(do, token, 0)
+    block, inside = head * blocks + token // 32, token % 32
     place = tl.arange(0, SIZE)
     held = place < WIDTH
     channel = place
@@ -109,11 +124,20 @@ def _append(
     x = tl.load(row_ptr + channel, mask=held, other=0.0).to(tl.float32)
     new_row = tl.load(new_ptr + head * CHANNELS + channel, mask=held, other=0.0)
 
+    # Words as they are: asked for before the arithmetic, which takes as long.
+    UNITS: tl.constexpr = FIRST_UNITS if OTHER_BITS > 0 else WIDTH // 32
+    OTHERS: tl.constexpr = WIDTH // 32 - UNITS
+    words_ptr += block * (UNITS * 32 * BITS)
+    words = _load_run(words_ptr, inside, do, 0, UNITS, BITS, SIZE, VALUES)
+    if OTHER_BITS > 0:
+        more_words_ptr += block * (OTHERS * 32 * OTHER_BITS)
+        more_words = _load_run(more_words_ptr, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE, VALUES)
+
     total = _sum_of_squares(x, row_ptr, channel_ptr, WIDTH, M, LOG)
     norm = tl.sqrt_rn(total)
     for k in tl.static_range(ROUNDS):
         x = x * tl.load(factors_ptr + k * WIDTH + place, mask=held, other=0.0)
-        x = _hadamard(x, SIZE, LOG)
+        x = hadamard(x, SIZE, LOG)
         if M > 1:
             x = _mixed(x, signs_ptr, M, SIZE)
     root = tl.sqrt_rn(tl.full([1], WIDTH, tl.float32))
@@ -121,28 +145,24 @@ def _append(
     z = tl.where(tl.abs(z) < float("inf"), z, 0.0)
 
     tl.store(row_ptr + channel, new_row, mask=held)
-    token = tl.where(do, token, 0)
+    kept = place < tl.where((sink >= 0) & (sink < sinks), WIDTH, 0)
+    tl.store(sinks_ptr + (head * sinks + sink) * CHANNELS + channel, new_row, mask=kept)
     tl.store(norms_ptr + head * blocks * 32 + token, norm.to(tl.float16), mask=do)
-    block = head * blocks + token // 32
-    inside = (token % 32).to(tl.int32)
-    UNITS: tl.constexpr = FIRST_UNITS if OTHER_BITS > 0 else WIDTH // 32
-    _store_run(
-        z, words_ptr + block * (UNITS * 32 * BITS), thresholds_ptr, inside, do, 0, UNITS, BITS, SIZE, VALUES
-    )
+    _store_run(z, words_ptr, words, thresholds_ptr, inside, do, 0, UNITS, BITS, SIZE, VALUES)
     if OTHER_BITS > 0:
-        OTHERS: tl.constexpr = WIDTH // 32 - FIRST_UNITS
         _store_run(
-            z, more_words_ptr + block * (OTHERS * 32 * OTHER_BITS), more_thresholds_ptr, inside, do,
-            FIRST_UNITS, OTHERS, OTHER_BITS, SIZE, VALUES,
+            z, more_words_ptr, more_words, more_thresholds_ptr, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE,
+            VALUES,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_run(
-    z, base, thresholds_ptr, place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr,
+    z, base, words, thresholds_ptr, place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr,
     DIM: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Codes of units FIRST .. FIRST + COUNT - 1 of z, for token `place` of the block with words at base."""
+    unit, lane, held = _place_of_codes(place, do, FIRST, COUNT, DIM, VALUES)
     code = tl.zeros([DIM], tl.int32)
     for k in tl.static_range((1 << BITS) - 1):
         code += (tl.load(thresholds_ptr + k) <= z).to(tl.int32)
@@ -150,13 +170,9 @@ def _store_run(
         negative = 1 - (code >> 3)
         code = (code & 7) ^ (7 * negative)
     if VALUES:
-        # Coordinate 32 unit + 8 i + r; the token is column 16 h + 4 c + b, b = 2 (b // 2) + b % 2.
-        lane = tl.arange(0, 8)[None, :] * 4 + place // 8
         b = place // 4 % 2 * 2 + place % 2
         h = place // 2 % 2
         nibble = 4 * b + 16 * h
-        unit = tl.arange(0, DIM // 32)[:, None] - FIRST + tl.zeros([DIM // 32, 8], tl.int32)
-        lane = lane + tl.zeros([DIM // 32, 8], tl.int32)
         i = tl.arange(0, 4)[None, :, None]
         codes = tl.reshape(code, [DIM // 32, 4, 8])
         for k in tl.static_range(BITS):
@@ -175,13 +191,11 @@ def _store_run(
                 new = tl.where(i // 2 == k, codes << (nibble + 2 * (i % 2)), 0)
             else:
                 new = codes << (nibble + i)
-            _store_words(base, unit, lane, tl.sum(new, 1), ~mask, do, k, BITS, COUNT)
+            new = (words[k] & ~mask) | tl.sum(new, 1)
+            tl.store(base + _place_of(unit, lane, k, BITS, COUNT), new, mask=held)
     else:
-        # Coordinate 32 unit + 16 h + 4 c + b; the token is row 8 i + r.
         dim = tl.arange(0, DIM)
         i = place % 4
-        unit = tl.arange(0, DIM // 32)[:, None] - FIRST + tl.zeros([DIM // 32, 4], tl.int32)
-        lane = place // 4 * 4 + tl.arange(0, 4)[None, :] + tl.zeros([DIM // 32, 4], tl.int32)
         h, b = dim // 16 % 2, dim % 4
         nibble = 4 * b + 16 * h
         for k in tl.static_range(BITS):
@@ -200,18 +214,22 @@ def _store_run(
                 mask, new, active = 1 << (nibble + i), code << (nibble + i), i >= 0
             mask = tl.sum(tl.sum(tl.reshape(mask + tl.zeros([DIM], tl.int32), [DIM // 32, 2, 4, 4]), 3), 1)
             new = tl.sum(tl.sum(tl.reshape(new, [DIM // 32, 2, 4, 4]), 3), 1)
-            _store_words(base, unit, lane, new, ~mask, do & active, k, BITS, COUNT)
+            new = (words[k] & ~mask) | new
+            written = held & (unit < tl.where(active, COUNT, 0))
+            tl.store(base + _place_of(unit, lane, k, BITS, COUNT), new, mask=written)
 
 
-@triton.jit(do_not_specialize=["before", "encoded", "lowest", "window", "blocks", "heads"])
+@triton.jit(
+    do_not_specialize=["before", "encoded", "lowest", "window", "sinks", "blocks", "heads", "capacity"]
+)
 def append_token(
     recent_keys_ptr, new_keys_ptr, key_order_ptr, key_words_ptr, more_key_words_ptr, key_norms_ptr,
     more_key_norms_ptr, key_factors_ptr, more_key_factors_ptr, key_thresholds_ptr, more_key_thresholds_ptr,
-    recent_values_ptr, new_values_ptr, value_order_ptr, value_words_ptr, more_value_words_ptr,
+    key_sinks_ptr, recent_values_ptr, new_values_ptr, value_order_ptr, value_words_ptr, more_value_words_ptr,
     value_norms_ptr, more_value_norms_ptr, value_factors_ptr, more_value_factors_ptr, value_thresholds_ptr,
-    more_value_thresholds_ptr, signs_ptr, before_ptr, encoded_ptr, before, encoded, lowest, window, blocks,
-    heads,
-    DIM: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    more_value_thresholds_ptr, value_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr,
+    before, encoded, lowest, window, sinks, blocks, heads, capacity,
+    DIM: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """Encode the token that leaves a head's window, unless it has codes, and put the new one in its place.
 
@@ -230,7 +248,8 @@ def append_token(
         more_key_factors_ptr: The same of the second part, or None.
         key_thresholds_ptr: (2^bits - 1,) float32 of the first run.
         more_key_thresholds_ptr: The same of the second run, or None.
-        recent_values_ptr: As of keys, and so are the next ten.
+        key_sinks_ptr: (batch, heads, sinks, DIM): the first tokens of each row.
+        recent_values_ptr: As of keys, and so are the next eleven.
         new_values_ptr: (batch, heads, DIM).
         value_order_ptr: (heads, DIM) uint8, or None.
         value_words_ptr: (batch, heads, blocks, width * bits) int32.
@@ -241,25 +260,45 @@ def append_token(
         more_value_factors_ptr: The same, or None.
         value_thresholds_ptr: (2^bits - 1,) float32.
         more_value_thresholds_ptr: The same, or None.
+        value_sinks_ptr: (batch, heads, sinks, DIM).
         signs_ptr: (12, 12) float32, H_12, if a width is 12 * 2^k.
+        first_ptr: (batch,) int64, padding tokens of each row, or None.
         before_ptr: () int64 to use instead of `before`, or None.
         encoded_ptr: () int64 to use instead of `encoded`, or None.
+        ticket_ptr: () int32, 0 before and after: then both of these are advanced by the new token; or None.
         before: Tokens before the new one.
         encoded: Tokens that have codes.
         lowest: Tokens below this are not encoded.
         window: Rows of the window, at least 1.
+        sinks: Rows of the sinks.
         blocks: Blocks a head has room for.
         heads: Of a batch row.
+        capacity: With a ticket, tokens there is room for: one more is an error of the device.
         DIM: Channels of a head.
         KEYS: (width, bits, bits of a second run or 0, units of the first run, m, log2(width / m), rounds) of
             each part of keys, as `fused` makes them; m is 1 or 12. Empty leaves them out.
         VALUES: The same of values.
+        DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one, if it asks
+            for that, this one.
     """
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     if before_ptr is not None:
-        before = tl.load(before_ptr)
+        before = tl.load(before_ptr).to(tl.int32)
     if encoded_ptr is not None:
-        encoded = tl.load(encoded_ptr)
+        encoded = tl.load(encoded_ptr).to(tl.int32)
+    sink = before
+    if first_ptr is not None:
+        sink -= tl.load(first_ptr + head // heads).to(tl.int32)
+    if ticket_ptr is not None:
+        tl.device_assert(before < capacity, "the capacity is exceeded")
+        # The last to arrive knows that all have read the lengths.
+        if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(ticket_ptr, 0)
+            tl.store(before_ptr, (before + 1).to(tl.int64))
+            tl.store(encoded_ptr, tl.maximum(encoded, before + 1 - window).to(tl.int64))
     part = tl.program_id(1)
     channels = head % heads * DIM
     for i in tl.static_range(len(KEYS)):
@@ -269,9 +308,9 @@ def append_token(
                 head, recent_keys_ptr, new_keys_ptr, order_ptr,
                 more_key_words_ptr if i else key_words_ptr, more_key_words_ptr,
                 more_key_norms_ptr if i else key_norms_ptr, more_key_factors_ptr if i else key_factors_ptr,
-                more_key_thresholds_ptr if i else key_thresholds_ptr, more_key_thresholds_ptr, signs_ptr,
-                before, encoded, lowest, window, blocks, DIM, KEYS[i][0], KEYS[i][1], KEYS[i][2], KEYS[i][3],
-                KEYS[i][4], KEYS[i][5], KEYS[i][6], False,
+                more_key_thresholds_ptr if i else key_thresholds_ptr, more_key_thresholds_ptr,
+                key_sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks, blocks, DIM,
+                KEYS[i][0], KEYS[i][1], KEYS[i][2], KEYS[i][3], KEYS[i][4], KEYS[i][5], KEYS[i][6], False,
             )  # fmt: skip
     for i in tl.static_range(len(VALUES)):
         if part == len(KEYS) + i:
@@ -284,6 +323,7 @@ def append_token(
                 more_value_norms_ptr if i else value_norms_ptr,
                 more_value_factors_ptr if i else value_factors_ptr,
                 more_value_thresholds_ptr if i else value_thresholds_ptr, more_value_thresholds_ptr,
-                signs_ptr, before, encoded, lowest, window, blocks, DIM, VALUES[i][0], VALUES[i][1],
-                VALUES[i][2], VALUES[i][3], VALUES[i][4], VALUES[i][5], VALUES[i][6], True,
+                value_sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks, blocks, DIM,
+                VALUES[i][0], VALUES[i][1], VALUES[i][2], VALUES[i][3], VALUES[i][4], VALUES[i][5],
+                VALUES[i][6], True,
             )  # fmt: skip

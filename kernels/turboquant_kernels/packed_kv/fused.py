@@ -37,7 +37,14 @@ def suits(codec: Codec, token: Tensor) -> bool:
 
 
 def append(
-    halves: Sequence[tuple[Half, Tensor]], before: int | Tensor, encoded: int | Tensor, lowest: int
+    halves: Sequence[tuple[Half, Tensor]],
+    before: int | Tensor,
+    encoded: int | Tensor,
+    *,
+    lowest: int = 0,
+    first: Tensor | None = None,
+    ticket: Tensor | None = None,
+    capacity: int | None = None,
 ) -> None:
     """Encode the token that leaves the window, unless it has codes, and put the new one in its place.
 
@@ -47,14 +54,18 @@ def append(
         before: Tokens before it, on the host or () int64 on the device.
         encoded: Tokens that have codes, likewise.
         lowest: Tokens below this are not encoded.
+        first: (B,) int64: padding tokens of each row.
+        ticket: () int32 on the device, 0: advance `before` and `encoded`, which are there too, by one token.
+        capacity: With a ticket, what `before` must be below, else the device reports an error.
     """
     from turboquant_kernels.packed_kv.append import append_token
 
     if len({half.codec.dim for half, _ in halves}) > 1:
         for one in halves:
-            append([one], before, encoded, lowest)
+            mine = ticket if one is halves[-1] else None
+            append([one], before, encoded, lowest=lowest, first=first, ticket=mine, capacity=capacity)
         return
-    pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 11, "value": [None] * 11}
+    pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 12, "value": [None] * 12}
     parts: dict[Side, tuple[tuple[int, ...], ...]] = {"key": (), "value": ()}
     for half, token in halves:
         codec, found = half.codec, _parts(half.codec)
@@ -63,17 +74,21 @@ def append(
         runs = [run.thresholds for group in codec.groups for run in group.coded]
         factors = [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
         pairs = [(*x, None)[:2] for x in (half.words, half.scales, factors, runs)]
+        pairs.append((half.sinks,))
         pointers[half.side] = [half.recent, token.contiguous(), codec.order, *chain.from_iterable(pairs)]
         parts[half.side] = found
     lengths = [x if isinstance(x, Tensor) else None for x in (before, encoded)]
     numbers = [0 if isinstance(x, Tensor) else x for x in (before, encoded)]
     recent, words = halves[0][0].recent, halves[0][0].words[0]
     every = parts["key"] + parts["value"]
+    dependents = device.has_dependent_launches(recent.device)
     signs = hadamard_seed_on(12, recent.device) if any(part[4] == 12 for part in every) else None
     append_token[(recent.shape[0] * recent.shape[1], len(every))](
-        *pointers["key"], *pointers["value"], signs, *lengths, *numbers, lowest, recent.shape[2],
-        words.shape[2], recent.shape[1], DIM=halves[0][0].codec.dim, KEYS=parts["key"],
-        VALUES=parts["value"], num_warps=1, enable_fp_fusion=False,
+        *pointers["key"], *pointers["value"], signs, first, *lengths, ticket, *numbers, lowest,
+        recent.shape[2], halves[0][0].sinks.shape[2], words.shape[2], recent.shape[1], capacity or 0,
+        DIM=halves[0][0].codec.dim, KEYS=parts["key"], VALUES=parts["value"], DEPENDENTS=dependents,
+        num_warps=1, enable_fp_fusion=False, launch_pdl=dependents, debug=ticket is not None,
+        sanitize_overflow=False,
     )  # fmt: skip
 
 

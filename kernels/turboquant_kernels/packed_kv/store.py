@@ -95,11 +95,10 @@ class Reading:
         values: The values'.
         raw_keys: (B, G, R, D): raw tokens, the recent window and (of several new tokens) the new ones.
         raw_values: As `raw_keys`.
-        raw_tokens: (R,) int64: their numbers; those below `raw_start` are void.
         raw_start: The first token that has a raw copy in them.
         held: Raw rows before the first query's own; None if rows are in the order of the window's storage, as
             for a single new token.
-        before: Tokens before the first query.
+        after: Tokens with the queries.
         queries: New tokens.
         encoded: Tokens that have codes: all below this.
         window: W.
@@ -112,16 +111,28 @@ class Reading:
     values: Half
     raw_keys: Tensor
     raw_values: Tensor
-    raw_tokens: Tensor
     raw_start: Length
     held: int | None
-    before: Length
+    after: Length
     queries: int
     encoded: Length
     window: int
     first: Tensor | None
     sinks: int
     rule: Rule
+
+    @property
+    def before(self) -> Length:
+        """Tokens before the first query."""
+        return self.after - self.queries
+
+    @property
+    def raw_tokens(self) -> Tensor:
+        """(R,) int64: numbers of the raw tokens; those below `raw_start` are void."""
+        place = torch.arange(self.raw_keys.shape[2], device=self.raw_keys.device)
+        if self.held is None:
+            return self.before - (self.before - place) % self.window
+        return place + (self.before - self.held)
 
     @property
     def coded_end(self) -> int:
@@ -133,9 +144,10 @@ class Reading:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, before + queries, D), all decoded: what codes save, spent."""
-        start, tokens = int(self.raw_start), int(self.before) + self.queries
+        start, tokens = int(self.raw_start), int(self.after)
         coded = min(start, self.coded_end)
-        kept = (self.raw_tokens >= start).nonzero()[:, 0]
+        raw_tokens = self.raw_tokens
+        kept = (raw_tokens >= start).nonzero()[:, 0]
         halves = []
         for half, raw in ((self.keys, self.raw_keys), (self.values, self.raw_values)):
             out = raw.new_empty(*raw.shape[:2], tokens, raw.shape[-1])
@@ -146,9 +158,9 @@ class Reading:
                 terms = half.terms(part.start, part.stop)
                 rows = [term.whole().coefficients[:, :, None] for term in terms]
                 out[:, :, part] = half.codec.restore(rows)[:, :, 0].to(out.dtype)
-            out.index_copy_(2, self.raw_tokens[kept], raw.index_select(2, kept))
+            out.index_copy_(2, raw_tokens[kept], raw.index_select(2, kept))
             if self.sinks:
-                first = self.raw_tokens.new_zeros(raw.shape[0]) if self.first is None else self.first
+                first = raw_tokens.new_zeros(raw.shape[0]) if self.first is None else self.first
                 place = first[:, None] + torch.arange(self.sinks, device=raw.device)
                 row, sink = (place < tokens).nonzero(as_tuple=True)
                 out[row, :, place[row, sink]] = half.sinks[row, :, sink]
@@ -190,6 +202,7 @@ class PackedKV:
         self.encoded: Length = 0
         self._codecs = (keys, values)
         self._halves: tuple[Half, Half] | None = None
+        self._ticket: Tensor | None = None  # 0 but while `fused.append` runs
         self._padding = (0, 0)  # the least and the most of `first`, known on the host
 
     @property
@@ -258,6 +271,7 @@ class PackedKV:
         if self.capacity is not None:
             self.length = torch.zeros((), dtype=torch.int64, device=device)
             self.encoded = torch.zeros((), dtype=torch.int64, device=device)
+            self._ticket = torch.zeros((), dtype=torch.int32, device=device)
 
     @property
     def padding_open(self) -> bool:
@@ -301,10 +315,7 @@ class PackedKV:
         count, before, window = keys.shape[2], self.length, self.window
         new = (keys, values)
         if isinstance(before, Tensor):
-            before = before.clone()
             self._fit_by_capacity(new)
-        if self.sinks:
-            self._keep_sinks(new, before)
         raw_start: Length
         if count == 1 and window:
             at_once = []
@@ -312,6 +323,7 @@ class PackedKV:
                 if fused.suits(half.codec, token):
                     at_once.append((half, token))
                     continue
+                self._keep_sinks(half, token, before)
                 slot = _row(before % window, half.recent)
                 leaving = half.recent.index_select(2, slot)
                 if isinstance(before, Tensor) or before - window >= self.encoded:
@@ -319,12 +331,17 @@ class PackedKV:
                 half.recent.index_copy_(2, slot, token)
             if at_once:
                 self._append(at_once, before)
-            self._advance(count)
+            if not at_once or isinstance(before, int):
+                self._check_room()
+                self._advance(count)
+            # No copies: whoever reads them does so before the next update, as with the window itself.
             raw = (self.keys.recent, self.values.recent)
-            slots = torch.arange(window, device=keys.device)
-            tokens = before - (before - slots) % window
-            raw_start, held = _copy(self.encoded), None
+            raw_start, held, after = self.encoded, None, self.length
         else:
+            if count == 1:
+                self._check_room()
+            if isinstance(before, Tensor):
+                before = before.clone()
             raw_start = _copy(self.encoded)
             held = (
                 window if isinstance(before, Tensor) or isinstance(raw_start, Tensor) else before - raw_start
@@ -333,6 +350,7 @@ class PackedKV:
             leave = count if isinstance(before, Tensor) else max(0, held + count - window)
             found = []
             for half, token in zip(self._both(), new, strict=True):
+                self._keep_sinks(half, token, before)
                 rows = token
                 if held:
                     rows = torch.cat([half.recent.index_select(2, tokens[:held] % window), token], dim=2)
@@ -343,17 +361,17 @@ class PackedKV:
                 found.append(rows)
             raw = (found[0], found[1])
             self._advance(count)
+            after = before + count
         return Reading(
             keys=self.keys.shared(),
             values=self.values.shared(),
             raw_keys=raw[0],
             raw_values=raw[1],
-            raw_tokens=tokens,
             raw_start=raw_start,
             held=held,
-            before=before,
+            after=after,
             queries=count,
-            encoded=_copy(self.encoded),
+            encoded=self.encoded if held is None else _copy(self.encoded),
             window=window,
             first=self.first,
             sinks=self.sinks,
@@ -399,6 +417,7 @@ class PackedKV:
         moved = copy.copy(self)
         moved._codecs = (self._codecs[0].to(device), self._codecs[1].to(device))
         moved.length, moved.encoded = _moved(self.length, device), _moved(self.encoded, device)
+        moved._ticket = None if self._ticket is None else self._ticket.to(device)
         moved._map(lambda t: t.to(device))
         if moved._halves is not None:
             for half in moved._halves:
@@ -447,13 +466,15 @@ class PackedKV:
             raise ValueError(f"padding was stated for {len(self.first)} rows; keys have {keys.shape[0]}")
         if self.capacity is None:
             return
-        if keys.shape[2] > 1:
-            if int(self.length) + keys.shape[2] > self.capacity:
-                raise ValueError(
-                    f"{int(self.length)} tokens and {keys.shape[2]} new ones exceed the capacity of "
-                    f"{self.capacity}: make the cache with a larger capacity, or without one"
-                )
-        elif isinstance(self.length, Tensor):
+        if keys.shape[2] > 1 and int(self.length) + keys.shape[2] > self.capacity:
+            raise ValueError(
+                f"{int(self.length)} tokens and {keys.shape[2]} new ones exceed the capacity of "
+                f"{self.capacity}: make the cache with a larger capacity, or without one"
+            )
+
+    def _check_room(self) -> None:
+        """Of one new token, that it fits; `_append` asks by itself."""
+        if isinstance(self.length, Tensor) and self.capacity is not None:
             # No waiting for the device in a decoding step; it reports by itself.
             torch._assert_async(self.length < self.capacity, f"the capacity of {self.capacity} is exceeded")
 
@@ -465,17 +486,16 @@ class PackedKV:
             self.length += count
             self.encoded = max(self.encoded, self.length - self.window)
 
-    def _keep_sinks(self, new: tuple[Tensor, Tensor], before: Length) -> None:
-        if isinstance(before, int) and before >= self.sinks + self._padding[1]:
+    def _keep_sinks(self, half: Half, new: Tensor, before: Length) -> None:
+        if not self.sinks or (isinstance(before, int) and before >= self.sinks + self._padding[1]):
             return
-        place = torch.arange(self.sinks, device=new[0].device)[None] - before
+        place = torch.arange(self.sinks, device=new.device)[None] - before
         if self.first is not None:
             place = place + self.first[:, None]
-        fresh = ((place >= 0) & (place < new[0].shape[2]))[:, None, :, None]
-        place = place.clamp(0, new[0].shape[2] - 1)[:, None, :, None]
-        for half, tokens in zip(self._both(), new, strict=True):
-            found = tokens.gather(2, place.expand(*tokens.shape[:2], -1, tokens.shape[-1]))
-            half.sinks.copy_(torch.where(fresh, found, half.sinks))
+        fresh = ((place >= 0) & (place < new.shape[2]))[:, None, :, None]
+        place = place.clamp(0, new.shape[2] - 1)[:, None, :, None]
+        found = new.gather(2, place.expand(*new.shape[:2], -1, new.shape[-1]))
+        half.sinks.copy_(torch.where(fresh, found, half.sinks))
 
     def _encode(self, half: Half, x: Tensor, start: Length) -> None:
         """Encode tokens start, start + 1, ... but not again those that have codes, nor sinks."""
@@ -512,13 +532,19 @@ class PackedKV:
             )
 
     def _append(self, halves: list[tuple[Half, Tensor]], before: Length) -> None:
-        """Encode what leaves the window and put the new token in its place, in one launch."""
+        """All that `update` does with one new token, in one launch, but for lengths that the host knows."""
         self.encoding = "triton"
         for half, _ in halves:
             if isinstance(before, int):
                 self._reserve(half, before - self.window + 1)
         fused.append(
-            halves, before, self.encoded, self._padding[0] + self.sinks if isinstance(before, int) else 0
+            halves,
+            before,
+            self.encoded,
+            lowest=self._padding[0] + self.sinks if isinstance(before, int) else 0,
+            first=self.first,
+            ticket=self._ticket,
+            capacity=self.capacity,
         )
 
     def _fit(self, half: Half, x: Tensor, start: int) -> None:
