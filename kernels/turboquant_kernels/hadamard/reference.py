@@ -29,14 +29,14 @@ def hadamard(x: Tensor, *, transpose: bool = False) -> Tensor:
     Raises:
         ValueError: If there is no such matrix for d.
     """
-    dim = x.shape[-1]
-    m = hadamard_order(dim)
-    if not x.numel():
-        return x.clone()
     if torch.compiler.is_compiling():
         # A compiler would fuse these additions with a product before them, and round once instead of twice.
         opaque: Tensor = _opaque(x, transpose)
         return opaque
+    dim = x.shape[-1]
+    m = hadamard_order(dim)
+    if not x.numel():
+        return x.clone()
     y, other = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     stride = 1
     while stride < dim // m:
