@@ -42,6 +42,31 @@ def fixed_queries(query: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([high, number - 256 * high]), largest / FIXED + 0.0 * query.sum(-1, keepdim=True)
 
 
+def relative(query: Tensor, side: Codes) -> Tensor:
+    """By what the levels of each coordinate's run count for more than the first run's: (D,)."""
+    return torch.cat(
+        [query.new_full((w,), side.units[0] / u) for w, u in zip(side.widths, side.units, strict=True)]
+    )
+
+
+def score_codes(query: Tensor, keys: Codes, scale: float) -> Tensor:
+    """Scores (B, G, rows, tokens) float32 of all tokens."""
+    scaled = query.float() * relative(query, keys)
+    queries = by_norm(list(torch.split(scaled, keys.widths, dim=-1)), len(keys.norms))
+    key_levels = by_norm(whole_levels(keys, registers.unpack_keys), len(keys.norms))
+    factors = [norms.float() for norms in keys.norms]
+    if keys.relative:
+        factors[1] = factors[1] * factors[0]
+    score = torch.zeros(())
+    for part, levels, norms in zip(queries, key_levels, factors, strict=True):
+        parts, unit = fixed_queries(part)
+        high, low = (byte.double() @ levels.double().mT for byte in parts)
+        halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
+        whole = (high * 256 + low + ((halves + 1) >> 1)).float()  # whole numbers below 2^31, rounded once
+        score = score + whole * norms[:, :, None] * (unit * (scale / keys.units[0]))
+    return score
+
+
 def attend_codes(
     query: Tensor, keys: Codes, values: Codes, *, softmax_scale: float, queries_per_head: int, length: int,
     moving: int = 0, skipped: int = 0, first: Tensor | None = None, softcap: float | None = None,
@@ -52,26 +77,7 @@ def attend_codes(
     """As `turboquant_kernels.decode.launch.attend_codes`."""
     batch, heads, rows = query.shape[:3]
     dim = sum(values.widths)
-    # The second run's levels count for more or less: in the query, and at the end in the outputs.
-    relative = [
-        torch.cat(
-            [query.new_full((w,), side.units[0] / u) for w, u in zip(side.widths, side.units, strict=True)]
-        )
-        for side in (keys, values)
-    ]
-    scaled = by_norm(list(torch.split(query.float() * relative[0], keys.widths, dim=-1)), len(keys.norms))
-    key_levels = by_norm(whole_levels(keys, registers.unpack_keys), len(keys.norms))
-    multipliers = [norms.float() for norms in keys.norms]
-    if keys.relative:
-        multipliers[1] = multipliers[1] * multipliers[0]
-    score = torch.zeros(())
-    for part, levels, norms in zip(scaled, key_levels, multipliers, strict=True):
-        parts, unit = fixed_queries(part)
-        high, low = (byte.double() @ levels.double().mT for byte in parts)
-        halves = (parts[0] * 256 + parts[1]).sum(-1, keepdim=True)
-        whole = (high * 256 + low + ((halves + 1) >> 1)).float()  # whole numbers below 2^31, rounded once
-        scale = unit * (softmax_scale * math.log2(math.e) / keys.units[0])
-        score = score + whole * norms[:, :, None] * scale
+    score = score_codes(query, keys, softmax_scale * math.log2(math.e))
     if softcap is not None:
         cap = softcap * math.log2(math.e)
         score = cap * torch.tanh(score / cap)
@@ -136,7 +142,7 @@ def attend_codes(
         raw_share = torch.exp2(raw[1][..., 0] - top)
         total = total + (raw[1][..., 1] * raw_share)[..., None]
         raw[0].mul_(raw_share[..., None]).div_(total.clamp_min(1e-30))
-    out = (torch.stack(outs) * share[..., None]).sum(0) * relative[1] / values.units[0] / total
+    out = (torch.stack(outs) * share[..., None]).sum(0) * relative(query, values) / values.units[0] / total
     out = torch.where(total == 0, 0.0, out)
     if factors is not None:
         out = rotate(out, factors, inverse=True) + (0.0 if raw is None else raw[0])

@@ -225,6 +225,11 @@ class Program:
         self.put(operands[0], np.where(self.registers[operands[3]], *map(self.bits, operands[1:3])))
 
     def do_setp(self, kinds: list[str], operands: list[str], mask: Array) -> None:
+        if kinds[-1] == "f16x2":
+            for k, name in enumerate(operands[0].split("|")):
+                halves = (self.bits(x) >> U64(16 * k) for x in operands[1:3])
+                self.put(name, COMPARISONS[kinds[1]](*(x.astype(np.uint16).view(np.float16) for x in halves)))
+            return
         a, b = (self.number(x, kinds[-1]) for x in operands[1:3])
         self.put(operands[0], COMPARISONS[kinds[1]](a, b))
 
@@ -267,8 +272,12 @@ class Program:
 
     def do_cvt(self, kinds: list[str], operands: list[str], mask: Array) -> None:
         to, of = kinds[-2:]
+        if to == "bf16x2":  # the first of the two into the high half, each to the nearest, of two the even
+            bits = [self.number(x, "f32").view(U32) for x in operands[1:3]]
+            high, low = ((x + U32(0x7FFF) + ((x >> U32(16)) & U32(1))) >> U32(16) for x in bits)
+            return self.put(operands[0], (high << U32(16)) | low)
         types = {"f32": F32, "s32": I32, "s64": I64, "u16": np.uint16, "u32": U32, "u64": U64}
-        self.put(operands[0], self.number(operands[1], of).astype(types[to]))
+        return self.put(operands[0], self.number(operands[1], of).astype(types[to]))
 
     def arithmetic(self, kinds: list[str], operands: list[str], mask: Array) -> None:
         name, kind = kinds[0], kinds[-1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant.rotation import make_rotation
-from turboquant_kernels import dequantize, scores, sketch
+from turboquant_kernels import dequantize
 from turboquant_kernels.hadamard import implementation
 from turboquant_kernels.packed_kv import PackedKV
 
@@ -111,23 +111,15 @@ def test_what_reads_codes_agrees_with_the_cpu(bits, dim) -> None:
     source = torch.Generator().manual_seed(bits)
     shape = (2, 2, 7, dim * bits)
     words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=source)
-    norms, lengths = (torch.rand(2, 2, 224, generator=source).half() for _ in range(2))
+    norms = torch.rand(2, 2, 224, generator=source).half()
     norms[0, 1, 9] = torch.inf
     levels = torch.randn(2**bits, generator=source).sort().values
     factors = make_rotation("hadamard", dim, seed=1).factors
-    query = torch.randn(2, 2, 5, dim, generator=source)
-    there = [x.cuda() for x in (words, norms, levels, factors, query, lengths)]
+    there = [x.cuda() for x in (words, norms, levels, factors)]
     assert dequantize.implementation([there[0]], [bits]) == "triton"
-    assert scores.implementation(there[4], there[0], there[2]) == ("triton" if dim < 256 else "torch")
     for side in ("key", "value"):
         for basis, its in ((None, None), (factors, there[3])):
             options = {"side": side, "dtype": torch.bfloat16}
             here = dequantize.dequantize([words], norms, [levels], factors=basis, **options)
             found = dequantize.dequantize([there[0]], there[1], [there[2]], factors=its, **options)
             assert same_bytes(found, here)
-    pairs = [(scores.scores(there[4], *there[:3]), scores.scores(query, words, norms, levels))]
-    if bits == 1:
-        found = sketch.inner_products(there[4], there[0], there[1], there[5])
-        pairs.append((found, sketch.inner_products(query, words, norms, lengths)))
-    for found, expected in pairs:
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)

@@ -7,20 +7,16 @@ import torch
 from interpreted import NEEDS_TRITON, interpret
 from torch import Tensor
 
-from turboquant.cache import vector_codec
 from turboquant.rotation import make_rotation
-from turboquant_kernels import dequantize, device, hadamard, scores, sketch
+from turboquant_kernels import dequantize, device, hadamard
 from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference as butterflies
-from turboquant_kernels.packed_kv.layout import pack
-from turboquant_kernels.scores import reference as products
-from turboquant_kernels.sketch import reference as estimates
 
 
 @pytest.fixture(scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, "hadamard.kernel", "packed_kv.unpacked", "dequantize.kernel", "scores.kernel")
+        interpret(patch, "hadamard.kernel", "packed_kv.unpacked", "dequantize.kernel")
         patch.setattr(device, "has_triton", lambda x: True)
         yield
 
@@ -71,30 +67,6 @@ def test_dense_tokens_have_the_references_bytes(dim, runs, side, interpreted) ->
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize(("bits", "dim", "rows"), [(4, 128, 4), (3, 64, 7), (2, 128, 1), (3, 128, 17)])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-def test_scores(bits, dim, rows, interpreted) -> None:
-    words, norms, levels = random_words(bits, dim, 3), random_norms(3), table(bits)
-    query = torch.randn(1, 2, rows, dim, generator=seeded(3))
-    found = scores.scores(query, words, norms, levels, scale=0.3)
-    expected = products.scores(query, words, norms, None, levels, 0.3)
-    assert found[0, 0, :, 4].isnan().all()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
-
-
-@NEEDS_TRITON
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-def test_sketches(dim, interpreted) -> None:
-    words, norms = random_words(1, dim, 3), random_norms(3)
-    lengths = torch.rand(norms.shape, generator=seeded(4)).half()
-    query = torch.randn(1, 2, 4, dim, generator=seeded(5))
-    found = sketch.inner_products(query, words, norms, lengths)
-    expected = estimates.inner_products(query, words, norms, lengths)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
-
-
-@NEEDS_TRITON
 @pytest.mark.parametrize(("dim", "rows"), [(64, 1), (128, 33), (256, 2)])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_rotations_have_the_references_bytes(dim, rows, inverse, interpreted) -> None:
@@ -104,27 +76,8 @@ def test_rotations_have_the_references_bytes(dim, rows, inverse, interpreted) ->
     assert torch.equal(found, butterflies.rotate(x, factors, inverse=inverse))
 
 
-def test_a_codec_of_algorithm_2_is_the_sum_of_both() -> None:
-    """Scores of the codes and the sketch's estimate are the inner product with what is decoded."""
-    codec = vector_codec(64, ((64, 3),), seed=1, kind="prod")
-    x, query = (torch.randn(1, 1, n, 64, generator=seeded(n)) for n in (64, 4))
-    codes, (norms, lengths) = codec.encode(x)
-    words = [pack(c.view(1, 1, 2, 32, 64), b, "key") for c, (_, b) in zip(codes, codec.runs, strict=True)]
-    rotated, sketched = (part[:, :, 0] for part in codec.project(query[:, :, None]))
-    levels = codec.groups[0].coded[0].levels
-    found = scores.scores(rotated, words[0], norms, levels)
-    found = found + sketch.inner_products(sketched, words[1], norms, lengths)
-    terms = [term.whole().coefficients[:, :, None] for term in codec.terms(codes, [norms, lengths])]
-    decoded = codec.restore(terms)[:, :, 0]
-    torch.testing.assert_close(found, query @ decoded.mT, rtol=1e-4, atol=1e-4)
-
-
 def test_what_does_not_fit_is_refused() -> None:
-    words, norms, query = random_words(4, 64, 2), random_norms(2), torch.zeros(1, 2, 1, 128)
-    with pytest.raises(ValueError, match="queries of 128 coordinates and 16 levels need words"):
-        scores.scores(query, words, norms, table(4))
-    with pytest.raises(ValueError, match="a sketch of 128 signs needs words"):
-        sketch.inner_products(query, words, norms, norms)
+    words, norms = random_words(4, 64, 2), random_norms(2)
     with pytest.raises(ValueError, match="each run of words"):
         dequantize.dequantize([words], norms, [table(4), table(3)], side="key")
 
@@ -134,5 +87,3 @@ def test_torch_does_what_has_no_kernel() -> None:
     assert dequantize.implementation([words], [5]) == "torch"
     found = dequantize.dequantize([words], norms, [table(5)], side="key")
     assert found.shape == (1, 2, 64, 40)
-    assert scores.implementation(torch.zeros(1, 2, 1, 40), words, table(5)) == "torch"
-    assert scores.scores(torch.zeros(1, 2, 1, 40), words, norms, table(5)).shape == (1, 2, 1, 64)

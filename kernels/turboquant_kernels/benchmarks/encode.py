@@ -1,4 +1,4 @@
-"""How fast do tokens become codes, and codes tokens or scores, on this device, and what does rotating cost?
+"""How fast do tokens become codes, and codes tokens, on this device, and what does rotating cost?
 
     python -m turboquant_kernels.benchmarks.encode [--anyway] [--vectors N] [--out DIR]
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turboquant_kernels import dequantize, hadamard, scores, sketch
+from turboquant_kernels import dequantize, hadamard
 from turboquant_kernels.benchmarks.decode import LEVELS
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_in_turn, time_launches
 from turboquant_kernels.decode import step
@@ -34,7 +34,6 @@ from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, VectorCodec, fused
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
-from turboquant_kernels.scores import reference as products
 
 __all__ = ["SignedHadamard", "codec_of", "main"]
 
@@ -184,23 +183,6 @@ def checks() -> dict[str, Callable[[], int]]:
             wrong += wrong_bytes([found.nan_to_num(7.0)], [expected.nan_to_num(7.0)])
         return wrong
 
-    def scoring(dim: int, bits: int, rows: int, lengths: bool) -> int:
-        store = random_store(dim, bits, 4, 5000)
-        store.norms[0, 1, 5] = math.inf
-        query = torch.randn(1, 4, rows, dim, device="cuda")
-        table = codec_of(dim, (dim, bits)).to("cuda").groups[0].coded[0].levels
-        if lengths:
-            table = torch.tensor([-1.0, 1.0], device="cuda")
-            found = sketch.inner_products(query, store.words[0], store.norms, store.norms)
-            second = store.norms.double()
-        else:
-            found, second = scores.scores(query, store.words[0], store.norms, table), None
-        expected = products.scores(query.double(), store.words[0], store.norms, None, table, 1.0).double()
-        expected = expected if second is None else expected * second[:, :, None]
-        known = ~expected.isnan()
-        off = (found.double() - expected)[known].norm() / expected[known].norm()
-        return int(not bool(off < 1e-5) or bool((found.isnan() == known).any()))
-
     found: dict[str, Callable[[], int]] = {}
     sides: tuple[Side, Side] = ("key", "value")
     for dim in DIMS:
@@ -217,10 +199,6 @@ def checks() -> dict[str, Callable[[], int]]:
                 found[f"dequantize d {dim} bits {bits} {side}"] = partial(
                     decoding, dim, bits, side, torch.bfloat16 if bits % 2 else torch.float32
                 )
-            if dim < 256:
-                found[f"scores d {dim} bits {bits}"] = partial(scoring, dim, bits, 3 * bits + 5, False)
-        if dim < 256:
-            found[f"sketch d {dim}"] = partial(scoring, dim, 1, 4, True)
     for dim, k, v in ((128, 4, 4), (128, 3, 3), (64, 2, 1), (256, 4, 2)):
         found[f"append d {dim} bits {k} and {v}"] = partial(appending, dim, k, v)
     for side in sides:
@@ -291,12 +269,11 @@ def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
     return rows, alone
 
 
-def time_reading(dim: int, vectors: int, rows: int = 4) -> list[Row]:
-    """Dequantising and scores of so many tokens, and products with as many dense keys."""
+def time_reading(dim: int, vectors: int) -> list[Row]:
+    """Dequantising so many tokens."""
     heads = 64
     found = []
     sides: tuple[Side, Side] = ("key", "value")
-    query = torch.randn(1, heads, rows, dim, device="cuda")
     for bits in BITS:
         group = codec_of(dim, (dim, bits)).to("cuda").groups[0]
         levels, factors = group.coded[0].levels, factors_of(dim)
@@ -311,23 +288,6 @@ def time_reading(dim: int, vectors: int, rows: int = 4) -> list[Row]:
                 timing = time_launches([partial(run, s.words, s.norms) for s in stores])
                 name = f"d {dim:3} dequantize {bits} bits, {side}s, {basis} basis"
                 found.append(Row(name, timing, stores[0].nbytes + dense_size))
-        timing = time_launches([partial(scores.scores, query, s.words[0], s.norms, levels) for s in stores])
-        found.append(
-            Row(
-                f"d {dim:3} scores of {rows} rows, {bits} bits", timing, stores[0].nbytes + 4 * rows * vectors
-            )
-        )
-    stores = [random_store(dim, 1, heads, vectors // heads) for _ in range(20)]
-    timing = time_launches(
-        [partial(sketch.inner_products, query, s.words[0], s.norms, s.norms) for s in stores]
-    )
-    size = stores[0].nbytes + stores[0].norms.nbytes + 4 * rows * vectors
-    found.append(Row(f"d {dim:3} sketch of {rows} rows", timing, size))
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
-        keys = [torch.randn(1, heads, vectors // heads, dim, device="cuda", dtype=dtype) for _ in range(2)]
-        timing = time_launches([partial(torch.matmul, query.to(dtype), k.mT) for k in keys])
-        size = keys[0].nbytes + dtype.itemsize * rows * vectors
-        found.append(Row(f"d {dim:3} scores of {rows} rows, dense {name}, torch", timing, size))
     return found
 
 

@@ -69,9 +69,10 @@ def _captured(launches: Sequence[Callable[[], object]], at_least: int) -> Callab
     rounds = -(-at_least // len(launches))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(rounds):
-            for launch in launches:
-                launch()
+        # Held until all are captured, so that each has memory of its own: an output that the next launch
+        # overwrites would never leave the cache.
+        outputs = [launch() for _ in range(rounds) for launch in launches]
+    del outputs
     graph.replay()
     torch.cuda.synchronize()
 

@@ -2,79 +2,210 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from turboquant_kernels import device
+from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor
+from turboquant_kernels.packed_kv import Run
 from turboquant_kernels.packed_kv.layout import BLOCK, in_register_order
 from turboquant_kernels.scores import reference
 
-__all__ = ["implementation", "scores", "scores_with_lengths"]
+if TYPE_CHECKING:
+    from turboquant_kernels.decode.launch import Kernel, Settings
 
-_DIMS = (64, 128)
-_MOST_ROWS = 64
+__all__ = ["implementation", "score_codes", "scores", "scores_with_lengths", "settings_for"]
+
+_MOST_COORDINATES = 256
 
 
-def implementation(query: Tensor, words: Tensor, levels: Tensor) -> Literal["triton", "torch"]:
+def implementation(
+    query: Tensor, words: Sequence[Tensor], runs: Sequence[Run]
+) -> Literal["gluon", "triton", "torch"]:
     """What `scores` takes.
 
     Args:
         query: As `scores`.
         words: As `scores`.
-        levels: As `scores`.
+        runs: As `scores`.
 
     Returns:
-        "triton" on a CUDA device, with triton, for 1..4 bits in register order, 64 or 128 coordinates and
-        at most 64 rows; else "torch".
+        On a CUDA device, with triton, for up to 256 coordinates in one run or two, whose widths are multiples
+        of 32, of 1..4 bits and with levels on an int8 grid: "gluon" on compute capability 9.0, "triton" on
+        others from 8.0 on. Else "torch".
     """
-    dim, bits = query.shape[-1], len(levels).bit_length() - 1
-    suits = dim in _DIMS and query.shape[2] <= _MOST_ROWS and in_register_order(dim, bits)
-    suits = suits and words.is_contiguous() and words.numel() > 0 and query.numel() > 0
-    return "triton" if suits and device.has_triton(words) else "torch"
+    suits = query.shape[-1] <= _MOST_COORDINATES and query.dtype in device.FLOATS and query.numel() > 0
+    suits = suits and len(runs) <= MOST_RUNS
+    suits = suits and all(in_register_order(run.width, run.bits) and run.grid is not None for run in runs)
+    suits = suits and all(held.is_contiguous() and held.numel() > 0 for held in words)
+    if not suits or not device.has_triton(query):
+        return "torch"
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability == (9, 0):
+        return "gluon"
+    return "triton" if capability >= (8, 0) else "torch"
 
 
-def scores(query: Tensor, words: Tensor, norms: Tensor, levels: Tensor, *, scale: float = 1.0) -> Tensor:
+def scores(
+    query: Tensor,
+    words: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    runs: Sequence[Run],
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Inner products of queries and packed keys.
+
+    Kernels read a query as 16-bit fixed point: a score is off by at most some 2^-16 of the query's largest
+    coordinate, times the sum of the absolute values of the decoded key's coordinates in that basis
+    (`reference.most_off`).
 
     Args:
         query: (B, G, R, d), in the basis of the codes (`Codec.project`): R rows share a key head.
-        words: (B, G, blocks, d * bits) int32.
-        norms: (B, G, blocks * 32) float16.
-        levels: (2^bits,) float32.
+        words: Of each run, (B, G, blocks, width * bits) int32.
+        norms: (B, G, blocks * 32) float16: one of all runs, or one of each.
+        runs: What the codes are of, as the codec has them; their widths sum to d.
         scale: Factor of all scores.
+        dtype: Of the scores.
 
     Returns:
-        (B, G, R, blocks * 32) float32; NaN where a norm is infinite.
+        (B, G, R, blocks * 32) of that dtype; NaN where a norm is infinite, and all of a row of queries that
+        has NaN or infinity in it.
 
     Raises:
         ValueError: If shapes do not match.
     """
-    return scores_with_lengths(query, words, norms, None, levels, scale)
+    return scores_with_lengths(query, words, norms, None, runs, scale, dtype)
 
 
 def scores_with_lengths(
-    query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor | None, levels: Tensor, scale: float
+    query: Tensor,
+    words: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    lengths: Tensor | None,
+    runs: Sequence[Run],
+    scale: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """As `scores`, of keys whose norms are multiplied by `lengths`, float16 of the same shape, if given."""
-    dim, bits = query.shape[-1], len(levels).bit_length() - 1
-    if words.shape[-1] != dim * bits or norms.shape[-1] != words.shape[2] * BLOCK:
-        raise ValueError(
-            f"queries of {dim} coordinates and {len(levels)} levels need words (..., blocks, {dim * bits}) "
-            f"and norms (..., blocks * {BLOCK}), not {tuple(words.shape)} and {tuple(norms.shape)}"
-        )
-    if implementation(query, words, levels) == "torch":
-        return reference.scores(query, words, norms, lengths, levels, scale)
-    from turboquant_kernels.scores.kernel import score_tokens
-
-    batch, heads, rows = query.shape[:3]
-    blocks = words.shape[2]
-    out = torch.empty(batch, heads, rows, blocks * BLOCK, device=query.device)
+    _check(query, words, norms, runs)
+    chosen = implementation(query, words, runs)
+    if chosen == "torch":
+        return reference.scores(query, words, norms, lengths, runs, scale, dtype)
+    grids = [run.grid for run in runs if run.grid is not None]
+    keys = Codes(
+        tuple(words), tuple(norm.contiguous() for norm in norms), tuple(run.bits for run in runs),
+        tuple(grid[0] for grid in grids), tuple(grid[1] for grid in grids),
+    )  # fmt: skip
     lengths = None if lengths is None else lengths.contiguous()
-    at_once = 256 // dim
-    score_tokens[(-(-blocks // at_once), batch * heads)](
-        query.float().contiguous(), words, norms.contiguous(), lengths, levels, out, rows, blocks, scale,
-        BITS=bits, UNITS=dim // 32, ROWS=max(16, 1 << (rows - 1).bit_length()), BLOCKS=at_once, num_warps=4,
+    return score_codes(query.contiguous(), keys, lengths, scale, dtype, chosen)
+
+
+def _check(query: Tensor, words: Sequence[Tensor], norms: Sequence[Tensor], runs: Sequence[Run]) -> None:
+    widths = [run.width for run in runs]
+    expected = [(*query.shape[:2], *held.shape[2:3], run.width * run.bits) for held, run in
+                zip(words, runs, strict=False)]  # fmt: skip
+    blocks = words[0].shape[2] if words else 0
+    tokens = (*query.shape[:2], blocks * BLOCK)
+    if (
+        sum(widths) != query.shape[-1]
+        or [tuple(held.shape) for held in words] != expected
+        or len(words) != len(runs)
+        or any(held.shape[2] != blocks for held in words)
+        or len(norms) not in {1, len(runs)}
+        or any(norm.shape != tokens for norm in norms)
+    ):
+        raise ValueError(
+            f"queries (B, G, R, d) and runs of (width, bits) need widths that sum to d, words (B, G, blocks, "
+            f"width * bits) of each run and norms (B, G, blocks * {BLOCK}), one or one of each; not queries "
+            f"{tuple(query.shape)}, runs {[(r.width, r.bits) for r in runs]}, words "
+            f"{[tuple(w.shape) for w in words]} and norms {[tuple(n.shape) for n in norms]}"
+        )
+
+
+def settings_for(rows: int, dim: int, bits: float, kernel: Kernel) -> Settings:
+    """Settings measured to be good.
+
+    Args:
+        rows: Query rows that share a key head.
+        dim: Coordinates.
+        bits: Bits a code, on average over the coordinates.
+        kernel: "gluon" or "triton".
+
+    Returns:
+        Settings for an H100 or H200.
+    """
+    from turboquant_kernels.decode.launch import Settings
+
+    queries = 4 if rows <= 4 else 8 if rows <= 8 or dim > 128 or bits % 1 else 16
+    subs = 2 if queries == 4 and dim <= 128 else 1
+    registers = 168 if queries == 16 or (queries == 8 and (dim > 128 or bits % 1)) else 128
+    return Settings(queries, subs, 4, registers, 65536 // (128 * registers))
+
+
+def _kernel(kernel: Kernel) -> Any:
+    if kernel == "gluon":
+        from turboquant_kernels.scores import sm90
+
+        return sm90.score_splits
+    from turboquant_kernels.scores import portable
+
+    return portable.score_splits
+
+
+def score_codes(
+    query: Tensor,
+    keys: Codes,
+    lengths: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    kernel: Kernel,
+    *,
+    assembly: bool = True,
+    settings: Settings | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Launch a kernel.
+
+    Args:
+        query: As `scores`, contiguous.
+        keys: The codes; units are s of levels +-(L + 1/2) / s.
+        lengths: As `scores_with_lengths`.
+        scale: As `scores`.
+        dtype: As `scores`.
+        kernel: "gluon" (`sm90`) or "triton" (`portable`).
+        assembly: False in Triton's interpreter, which knows no PTX.
+        settings: How to cut the work.
+        splits: Programs a head.
+
+    Returns:
+        As `scores`.
+    """
+    batch, heads, rows, dim = query.shape
+    blocks = keys.words[0].shape[2]
+    how = settings or settings_for(rows, dim, keys.mean_bits, kernel)
+    groups = -(-rows // how.queries)
+    if splits is None:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        steps = -(-blocks // (how.subs * how.warps))
+        splits = max(1, min(processors * how.programs // (batch * heads * groups), steps))
+    out = torch.empty(batch, heads, rows, blocks * BLOCK, dtype=dtype, device=query.device)
+    grid = (splits, batch * heads, groups)
+    runs, _, tables = kernel_runs(keys, keys)
+    table = table_tensor(tables, query.device)
+    two = [side if len(side) == 2 else (*side, None) for side in (keys.words, keys.norms)]
+    dependents = torch.cuda.get_device_capability(query.device) >= (9, 0)
+    options: dict[str, object] = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": dependents}
+    kernel_of = _kernel(kernel)
+    if kernel == "triton":
+        options["ASM"] = assembly
+    kernel_of[grid](
+        query, *two[0], *two[1], lengths, table, out, blocks, splits, rows, scale / keys.units[0],
+        keys.units[0] / keys.units[-1], KEYS=runs, QUERIES=how.queries, SUBS=how.subs, WARPS=how.warps,
+        DEPENDENTS=dependents, **options,
     )  # fmt: skip
     return out

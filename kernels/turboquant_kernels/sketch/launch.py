@@ -1,4 +1,4 @@
-"""What computes the sketch's inner products? The kernel of `scores`, on the two levels -1 and 1."""
+"""What computes the sketch's inner products? The kernels of `scores`, on the two levels -1 and 1."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turboquant_kernels import scores
+from turboquant_kernels.packed_kv import Run
 from turboquant_kernels.packed_kv.layout import BLOCK
 from turboquant_kernels.scores.launch import scores_with_lengths
 from turboquant_kernels.sketch import reference
@@ -16,13 +17,13 @@ from turboquant_kernels.sketch import reference
 __all__ = ["implementation", "inner_products"]
 
 
-def implementation(query: Tensor, words: Tensor) -> Literal["triton", "torch"]:
+def implementation(query: Tensor, words: Tensor) -> Literal["gluon", "triton", "torch"]:
     """What `inner_products` takes: see `scores.implementation`."""
-    return scores.implementation(query, words, _signs(words.device))
+    return scores.implementation(query, [words], [_signs(words.shape[-1], words.device)])
 
 
 def inner_products(query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:
-    """Estimates of the inner products of queries and residuals.
+    """Estimates of the inner products of queries and residuals, as exact as `scores.scores`.
 
     Args:
         query: (B, G, R, d): scale * S q (the second term of `GroupCodec.project`).
@@ -44,9 +45,11 @@ def inner_products(query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor)
         )
     if implementation(query, words) == "torch":
         return reference.inner_products(query, words, norms, lengths)
-    return scores_with_lengths(query, words, norms, lengths, _signs(words.device), 1.0)
+    return scores_with_lengths(query, [words], [norms], lengths, [_signs(words.shape[-1], words.device)], 1.0)
 
 
 @lru_cache(maxsize=8)
-def _signs(device: torch.device) -> Tensor:
-    return torch.tensor([-1.0, 1.0], device=device)
+def _signs(width: int, device: torch.device) -> Run:
+    """+-(127 + 1/2) / 127.5."""
+    levels = torch.tensor([-1.0, 1.0], device=device)
+    return Run(width, 1, levels, levels.new_zeros(1), ((127,), 127.5), symmetric=True)

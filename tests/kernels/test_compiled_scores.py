@@ -1,0 +1,70 @@
+"""Do the scores kernels compile to the machine code that their speed rests on, and to PTX that is right?
+
+Without a device: the PTX of a small launch is run on the CPU, against float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpreted import NEEDS_TRITON
+from test_compiled import LOCAL, SHARED, of_kinds
+
+pytestmark = NEEDS_TRITON
+
+# (kernel, compute capability, rows, type of the scores, lengths, width, bits; of a second run also its norm):
+# instructions a code of a lane.
+RECORDED = {
+    ("gluon", 90, 4, "fp32", 0, 128, 4): 1.73,
+    ("gluon", 90, 4, "fp32", 0, 128, 3): 1.29,
+    ("gluon", 90, 4, "fp32", 0, 128, 2): 1.12,
+    ("gluon", 90, 8, "bf16", 0, 128, 4): 2.03,
+    ("gluon", 90, 16, "fp32", 0, 128, 4): 2.48,
+    ("gluon", 90, 4, "fp32", 0, 256, 4): 1.53,
+    ("gluon", 90, 4, "fp32", 0, 32, 4, 96, 3, 0): 1.41,
+    ("gluon", 90, 4, "fp32", 0, 32, 3, 96, 2, 1): 1.48,
+    ("gluon", 90, 4, "fp32", 1, 128, 1): 1.16,
+    ("triton", 80, 4, "fp32", 0, 128, 4): 1.73,
+    ("triton", 89, 4, "fp32", 0, 128, 2): 1.11,
+    ("triton", 90, 8, "fp32", 0, 128, 3): 1.48,
+    ("triton", 80, 16, "bf16", 0, 64, 4): 3.59,
+    ("triton", 90, 4, "fp32", 1, 256, 1): 0.96,
+    ("triton", 80, 4, "fp32", 0, 32, 4, 96, 3, 1): 1.6,
+}
+
+
+def machine_code(*arguments: object, fault: tuple[str, ...] = ()) -> dict[str, Any]:
+    # In a process of its own: triton must not warn or leak into this one.
+    script = Path(__file__).with_name("compiled_scores.py")
+    ran = subprocess.run(
+        [sys.executable, script, *fault, "--", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("kernel", RECORDED, ids=str)
+def test_instruction_budget(kernel):
+    found = machine_code(*kernel)
+    (body,) = found["loops"]
+    assert of_kinds(body, (*SHARED, *LOCAL)) == 0
+    assert found["sizes"]["LOCAL"] == found["sizes"]["STACK"] == 0
+    # A lane's four tokens of a query row leave in one piece.
+    assert body["STG"] == found["stores"]
+    assert sum(body.values()) / found["elements"] == pytest.approx(RECORDED[kernel], rel=0.1)
+    assert found["error"] < 1  # of what the arithmetic explains
+
+
+@pytest.mark.parametrize("fault", [("0x77777777", "0x76777777"), ("0x7C00", "0x4000")])
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+def test_a_fault_in_the_ptx_is_seen(kernel, fault):
+    """Another bit of a look-up's selector; a norm of 2 that counts as infinite."""
+    assert machine_code(kernel, 90, 4, "fp32", 0, 128, 4, fault=fault)["error"] > 1
