@@ -24,7 +24,7 @@ LEDGER = load()
 CHECKED = {
     "readme-attention-speed", "readme-step-speed", "readme-step-unmasked", "readme-step-memory",
     "google-blog-faster-runtime", "back2matching-2x-at-long-context", "vllm-blog-throughput-of-codes",
-    "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
+    "google-blog-8x-logits", "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
     "seed-taleef7-throughput-of-codes",
     "paper-v1-quantization-time-measured", "paper-v1-indexing-time-gpu", "rabitq-note-quantization-time",
 }  # fmt: skip
@@ -52,6 +52,9 @@ class Codes:
     nbytes: int
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
+        return query
+
+    def score(self, query: torch.Tensor, kernel: str) -> torch.Tensor:
         return query
 
 
@@ -90,6 +93,28 @@ class Bench(SimpleNamespace):
 
     def in_turn(self, arms: Any, replays: int) -> dict[str, list[float]]:
         return {arm: [self.times[arm] * (1 + 1e-3 * math.sin(i)) for i in range(replays)] for arm in arms}
+
+
+class ScoreBench(SimpleNamespace):
+    """The benchmark of scores on the same device."""
+
+    Shape = Shape
+
+    def __init__(self, over: float) -> None:
+        super().__init__(over=over)
+
+    def rotating(self, shape: Any, form: str) -> list[Codes]:
+        return [Codes(shape.batch * shape.heads * shape.tokens * (16 * int(form) + 2))]
+
+    def random_query(self, shape: Any) -> torch.Tensor:
+        return torch.randn(shape.heads, shape.rows, shape.dim)
+
+    def excess(self, packed: Codes, query: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+        assert found is query  # what was scored
+        return self.over, 2e-5
+
+    def fastest_product(self, query: torch.Tensor, tokens: int, name: str) -> tuple[str, list[Any]]:
+        return f"{name}, keys x queries", [partial(torch.mul, query, 2.0)]
 
 
 README_TIMES = {"rival": 1048.0, "4": 330.0, "3": 258.0, "2": 206.0}
@@ -162,6 +187,45 @@ def test_a_kernel_as_slow_as_reported_is_seen(bench: Any, time: float, expected:
     bench({"rival": 511.0, "4": time})
     check = test_kernels.test_times_slower_than_fp8
     assert verdict(check, "vllm-nixl-7x-slower", **at) == expected
+
+
+LOGITS = ((256.0, "supported"), (160.0, "refuted"), (71.0, "refuted"))
+"""Microseconds of products with keys of 32 bits, of 32 on tensor cores, of 16; and 24.5 of scores."""
+
+
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    monkeypatch.setattr(attention_speed, "bandwidth", lambda: 4.2e12)
+    monkeypatch.setattr(attention_speed, "kernel", lambda: "gluon")
+
+    def judged(number: int, rival: float, ours: float, over: float = 0.5) -> str:
+        bench = ScoreBench(over)
+        monkeypatch.setattr(attention_speed, "_score_bench", lambda: bench)
+        monkeypatch.setattr(attention_speed, "_in_turn", Bench({"rival": rival, "4": ours}).in_turn)
+        return verdict(test_kernels.test_times_faster_logits, "google-blog-8x-logits", number)
+
+    return judged
+
+
+def test_logits_of_the_measured_speed_are_as_expected(logits: Any) -> None:
+    assert [logits(i, time, 24.5) for i, (time, _) in enumerate(LOGITS)] == [told for _, told in LOGITS]
+
+
+def test_slower_logits_are_refuted_and_faster_ones_supported(logits: Any) -> None:
+    assert logits(0, 256.0, 40.0) == "refuted"
+    assert logits(1, 160.0, 19.5) == "supported"
+
+
+@pytest.mark.parametrize("over", [1.1, math.inf, math.nan])
+def test_wrong_logits_are_not_timed(logits: Any, over: float) -> None:
+    with pytest.raises(RuntimeError, match=r"times what their arithmetic explains .* nothing is timed"):
+        logits(0, 256.0, 24.5, over)
+
+
+@pytest.mark.parametrize(("rival", "ours"), [(90.0, 24.5), (256.0, 15.0)])
+def test_logits_faster_than_their_bytes_are_refused(logits: Any, rival: float, ours: float) -> None:
+    with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
+        logits(0, rival, ours)
 
 
 # A model's step

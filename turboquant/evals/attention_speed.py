@@ -1,4 +1,5 @@
 """How long does one layer's attention over codes take, beside the best bf16 attention and beside FP8's bytes?
+And its scores alone, beside products with plain keys?
 
 One decoding step of the kernels' benchmark, in pairs of times: arms are replayed in turn. Nothing is timed
 while outputs are wrong, and times that no device could reach are refused.
@@ -25,6 +26,7 @@ __all__ = [
     "compile_all",
     "fp8_traffic",
     "kernel",
+    "logits",
     "refuse_impossible",
 ]
 
@@ -42,7 +44,8 @@ class Turns:
     Attributes:
         microseconds: Of each arm, one figure a round; the rival's under "rival".
         rival: What the rival is.
-        errors: Largest error of each arm's outputs, divided by sum p |v|, against float64.
+        errors: Of each arm, against float64: of attention's outputs the largest, divided by sum p |v|; of
+            scores the root mean square, divided by theirs.
     """
 
     microseconds: Mapping[str, Sequence[float]]
@@ -161,6 +164,43 @@ def fp8_traffic(shape: tuple[int, int, int, int], bits: int, *, replays: int = R
     return Turns(times, "a copy of as many bytes as FP8 keys and values", {str(bits): error})
 
 
+def logits(shape: tuple[int, int, int, int], bits: int, keys: str, *, replays: int = REPLAYS) -> Turns:
+    """Time scores of queries with packed keys, and the same product with plain keys, in turn.
+
+    Rotating the queries, which costs the same at any number of tokens, is not counted.
+
+    Args:
+        shape: As `attention` takes it.
+        bits: Of the codes.
+        keys: Plain keys and how they are multiplied: "fp32", "tf32" (32-bit keys on tensor cores) or "bf16".
+        replays: Rounds.
+
+    Returns:
+        The times, of the codes under their bits.
+
+    Raises:
+        RuntimeError: If scores are wrong, or a time cannot be.
+    """
+    bench = _score_bench()
+    size = bench.Shape(*shape)
+    sets, query = bench.rotating(size, str(bits)), bench.random_query(size)
+    over, error = bench.excess(sets[0], query, sets[0].score(query, kernel()))
+    if not over <= 1:
+        raise RuntimeError(
+            f"scores with {bits}-bit keys are off by up to {over:.3g} times what their arithmetic explains "
+            f"({error:.2e} of the scores, root mean square): nothing is timed"
+        )
+    name, rival = bench.fastest_product(query, size.tokens, keys)
+    packed: list[Callable[[], object]] = [partial(each.score, query, kernel()) for each in sets]
+    times = _in_turn({"rival": rival, str(bits): packed}, replays)
+    width, tokens = 2 if keys == "bf16" else 4, size.batch * size.heads * size.tokens
+    refuse_impossible(name, times["rival"], width * tokens * (size.dim + size.rows))
+    refuse_impossible(
+        f"scores with {bits}-bit keys", times[str(bits)], sets[0].nbytes + 4 * tokens * size.rows
+    )
+    return Turns(times, name, {str(bits): error})
+
+
 _DEVICE = "cuda"
 
 
@@ -169,6 +209,13 @@ def _bench() -> Any:
     from turboquant_kernels.benchmarks import decode
 
     return decode
+
+
+def _score_bench() -> Any:
+    """The benchmark of scores, likewise."""
+    from turboquant_kernels.benchmarks import scores
+
+    return scores
 
 
 def _in_turn(arms: Mapping[str, Sequence[Callable[[], object]]], replays: int) -> dict[str, list[float]]:

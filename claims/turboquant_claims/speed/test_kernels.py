@@ -1,4 +1,4 @@
-"""How much faster is one layer's attention over codes than over bf16, and is it as slow as was reported?"""
+"""How much faster are one layer's attention and logits over codes, and is it as slow as was reported?"""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def attention(shape: Shape) -> Turns:
 def test_times_faster_than_bf16(cell: Cell, record: Record) -> None:
     """The fastest bf16 attention's time over ours."""
     found, bits = attention(shape_of(cell)), str(cell["bits"])
+    record.ratio(found.microseconds["rival"], found.microseconds[bits])
+    record.note(rival=found.rival, error=found.errors[bits], backend=attention_speed.kernel(), device="cuda")
+
+
+@claim("google-blog-8x-logits")
+def test_times_faster_logits(cell: Cell, record: Record) -> None:
+    """The time of a product with plain keys over that of scores with packed ones."""
+    bits = str(cell["bits"])
+    found = attention_speed.logits(shape_of(cell), cell["bits"], cell["keys"])
     record.ratio(found.microseconds["rival"], found.microseconds[bits])
     record.note(rival=found.rival, error=found.errors[bits], backend=attention_speed.kernel(), device="cuda")
 
