@@ -93,7 +93,7 @@ def test_only_the_arm_without_mask_has_none(model, monkeypatch, masked):
 
 @pytest.mark.parametrize("prompt", ["raw", "codes"])
 def test_a_prompt_is_read_and_timed(model, monkeypatch, prompt):
-    """Once a round, into an empty cache, by arms that have a mask; steps find its tokens there."""
+    """Once a round after a shorter one, into an empty cache, by arms that a user has; steps find it there."""
     seen = []
     forward = decode_step._forward
 
@@ -102,12 +102,13 @@ def test_a_prompt_is_read_and_timed(model, monkeypatch, prompt):
         return forward(model, cache, ids, place)
 
     monkeypatch.setattr(decode_step, "_forward", watch)
+    monkeypatch.setattr(decode_step, "_SHORT", 150)
     arms = [*decode_step.arms_for(model), Arm("unmasked", "static", False, masked=False)]
     found = decode_step.measure(model, 2, TOKENS, rounds=2, steps=1, arms=arms, prompt=prompt)
     ours, dense = found[0], found[2]
     assert [step.failed for step in found] == [None] * 4
     assert [len(step.prompt_milliseconds) for step in found] == [2, 2, 2, 0]
-    assert [held for size, held, _ in seen if size == TOKENS] == [0] * 6
+    assert [(size, held) for size, held, _ in seen if size > 1] == [(150, 0), (TOKENS, 0)] * 6
     assert {held for size, held, _ in seen if size == 1} == {TOKENS + i for i in range(decode_step._WARM + 1)}
     assert dense.cache_bytes == 2 * 2 * 2 * 2 * (TOKENS + decode_step._WARM + 1) * 64 * 4
     columns = {column.header: list(column.cells) for column in decode_step.table(found).columns}

@@ -47,6 +47,8 @@ __all__ = ["ARMS", "Arm", "Step", "arms_for", "in_turn", "measure", "outputs", "
 _UNMASKED = "turboquant-benchmark-unmasked"
 _WARM = 5
 """Steps before the first that is timed: three before a capture, two after."""
+_SHORT = 512
+"""Tokens of the prompt before the one that is timed."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def measure(
         arms: Which; None for all that the device can run.
         backend: Of our attention.
         prompt: What a prompt of random tokens reads in our cache, "raw" or "codes". It fills the cache and is
-            timed, in arms that a user has: those with a mask. None: random keys and values fill it.
+            timed, in arms with a mask and torch's choice of attention. None, and in the other arms: random
+            keys and values fill it.
 
     Returns:
         One `Step` an arm, in order. An arm that torch refuses or that does not fit into memory has `failed`
@@ -369,7 +372,10 @@ def _round(model: PreTrainedModel, arm: Arm, before: Step, steps: int, backend: 
     with _serving(model, arm, backend):
         try:
             cache = _cache(model, arm, before.tokens + _WARM + steps + 1, backend)
-            if prompt and arm.masked:
+            if prompt and arm.masked and arm.kernel is None:
+                # What is compiled or tuned at a first prompt is no part of the time.
+                short = replace(before, tokens=min(before.tokens, _SHORT))
+                _prompted(model, _cache(model, arm, before.tokens, backend), short)
                 before = _prompted(model, cache, before)
             else:
                 _fill(cache, model, before.batch, before.tokens)

@@ -16,10 +16,12 @@ __all__ = ["attend_bf16"]
 def _attend_splits(
     q_ptr, k_ptr, v_ptr, partial_ptr, sums_ptr, tokens, splits, rows, scale,
     ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENTS: tl.constexpr,
+    DEPENDENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: bf16 products, float32 softmax."""
     if DEPENDENTS:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
@@ -47,14 +49,17 @@ def _attend_splits(
     tl.store(partial_ptr + at[:, None] * DIM + dim[None, :], out, mask=row[:, None] < rows)
     tl.store(sums_ptr + 2 * at, top, mask=row < rows)
     tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
-    if DEPENDENTS:
+    if DEPENDENTS and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def attend_bf16(
-    query: Tensor, keys: Tensor, values: Tensor, *, tile: int, stages: int, programs: int
+    query: Tensor, keys: Tensor, values: Tensor, *, tile: int, stages: int, programs: int, early: bool
 ) -> Tensor:
-    """Attention of (B, G, rows, D) bf16 over (B, G, tokens, D) bf16, float32 out."""
+    """Attention of (B, G, rows, D) bf16 over (B, G, tokens, D) bf16, float32 out.
+
+    With `early`, the combination's programs may be in place before the splits' have ended.
+    """
     batch, heads, rows, dim = query.shape
     tokens = keys.shape[2]
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
@@ -66,7 +71,7 @@ def attend_bf16(
     _attend_splits[(splits, batch * heads)](
         query, keys, values, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
         ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages,
-        DEPENDENTS=dependents, num_warps=4, launch_pdl=dependents,
+        DEPENDENTS=dependents, EARLY=early, num_warps=4, launch_pdl=dependents,
     )  # fmt: skip
     combine(partial, sums, out, 1.0)
     return out

@@ -64,10 +64,12 @@ class Fp8Cache:
 def _attend_splits(
     q_ptr, k_ptr, v_ptr, scales_ptr, partial_ptr, sums_ptr, tokens, splits, rows, heads, scale,
     ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENTS: tl.constexpr,
+    DEPENDENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: float16 products, float32 softmax."""
     if DEPENDENTS:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
@@ -97,12 +99,12 @@ def _attend_splits(
     tl.store(partial_ptr + at[:, None] * DIM + dim[None, :], out, mask=row[:, None] < rows)
     tl.store(sums_ptr + 2 * at, top, mask=row < rows)
     tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
-    if DEPENDENTS:
+    if DEPENDENTS and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def attend_fp8(query: Tensor, cache: Fp8Cache, *, stages: int, programs: int, warps: int = 4) -> Tensor:
-    """Attention of (B, G, rows, D) float16 over an FP8 cache, float32 out."""
+def attend_fp8(query: Tensor, cache: Fp8Cache, *, stages: int, programs: int, early: bool) -> Tensor:
+    """Attention of (B, G, rows, D) float16 over an FP8 cache, float32 out; `early` as in `attend_bf16`."""
     batch, heads, rows, dim = query.shape
     tokens, tile = cache.keys.shape[2], cache.values.shape[-1]
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
@@ -114,7 +116,7 @@ def attend_fp8(query: Tensor, cache: Fp8Cache, *, stages: int, programs: int, wa
     _attend_splits[(splits, batch * heads)](
         query, cache.keys, cache.values, cache.scales, partial, sums, tokens, splits, rows, batch * heads,
         dim**-0.5 * 1.4426950408889634, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile,
-        STAGES=stages, DEPENDENTS=dependents, num_warps=warps, launch_pdl=dependents,
+        STAGES=stages, DEPENDENTS=dependents, EARLY=early, num_warps=4, launch_pdl=dependents,
     )  # fmt: skip
     combine(partial, sums, out, 1.0)
     return out

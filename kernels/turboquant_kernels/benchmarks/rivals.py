@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["CACHE_BYTES", "Launches", "Rival", "bf16_rivals", "fp8_rivals"]
 
 CACHE_BYTES = 3e8  # several times the L2 cache
-FP8_SETTINGS = ((64, 3, 4), (128, 3, 2), (64, 4, 2))
-"""Tokens a tile, tiles in flight, programs a multiprocessor."""
+BF16_SETTINGS = ((64, 3, 2, False), (128, 2, 2, False), (64, 2, 4, True), (64, 4, 2, True), (32, 4, 4, True))
+FP8_SETTINGS = ((128, 3, 2, False), (64, 3, 4, False), (64, 4, 4, True), (128, 4, 2, True))
+"""Of the split kernels: tokens a tile, tiles in flight, programs a multiprocessor, early. Of some twenty, those
+that were fastest at one shape or another on an H200."""
 
 Launches = Sequence[Callable[[], Tensor]]
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -66,10 +68,9 @@ def bf16_rivals(shape: Shape) -> dict[str, Rival]:
         name: [partial(served, backend, k, v) for k, v in data]
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
     }
-    for tile, stages, programs in ((64, 3, 2), (64, 2, 4), (128, 2, 2), (32, 4, 4)):
-        found[f"split {tile}/{stages}/{programs}"] = [
-            partial(attend_bf16, query, k, v, tile=tile, stages=stages, programs=programs) for k, v in data
-        ]
+    for tile, stages, programs, early in BF16_SETTINGS:
+        split = partial(attend_bf16, tile=tile, stages=stages, programs=programs, early=early)
+        found[_name(tile, stages, programs, early)] = [partial(split, query, k, v) for k, v in data]
     found |= _flashinfer(query, data)
     return {name: Rival(launches, query, partial(_double, *data[0])) for name, launches in found.items()}
 
@@ -79,18 +80,21 @@ def fp8_rivals(shape: Shape) -> dict[str, Rival]:
     data = _data(shape, 1)
     query = _query(shape, torch.float16)
     found = {}
-    for tile, stages, programs in FP8_SETTINGS:
+    for tile, stages, programs, early in FP8_SETTINGS:
         if shape.tokens % tile == 0:
+            split = partial(attend_fp8, query, stages=stages, programs=programs, early=early)
             caches = [Fp8Cache.of(k, v, tile) for k, v in data]
-            found[f"split {tile}/{stages}/{programs}"] = Rival(
-                [partial(attend_fp8, query, cache, stages=stages, programs=programs) for cache in caches],
-                query,
-                caches[0].dense,
+            found[_name(tile, stages, programs, early)] = Rival(
+                [partial(split, cache) for cache in caches], query, caches[0].dense
             )
     wide = query.bfloat16()
     plain = [(k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)) for k, v in data]
     read = partial(_double, *plain[0])
     return found | {name: Rival(launches, wide, read) for name, launches in _flashinfer(wide, plain).items()}
+
+
+def _name(tile: int, stages: int, programs: int, early: bool) -> str:
+    return f"split {tile}/{stages}/{programs}{' early' if early else ''}"
 
 
 def _query(shape: Shape, dtype: torch.dtype) -> Tensor:
