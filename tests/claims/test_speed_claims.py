@@ -22,10 +22,11 @@ from turboquant_claims.verdicts import judge
 
 LEDGER = load()
 CHECKED = {
-    "readme-attention-speed", "readme-step-speed", "readme-step-unmasked", "readme-step-memory",
+    "readme-attention-speed", "readme-step-speed", "readme-step-profiles", "readme-step-unmasked",
+    "readme-step-memory",
     "google-blog-faster-runtime", "back2matching-2x-at-long-context", "vllm-blog-throughput-of-codes",
     "google-blog-8x-logits", "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
-    "seed-taleef7-throughput-of-codes",
+    "seed-taleef7-throughput-of-codes", "seed-true-or-false-throughput-of-codes",
     "paper-v1-quantization-time-measured", "paper-v1-indexing-time-gpu", "rabitq-note-quantization-time",
 }  # fmt: skip
 
@@ -87,6 +88,13 @@ class Bench(SimpleNamespace):
         x = torch.randn(64)
         launches = [[partial(torch.mul, x, 1 + 1e-3 * i)] for i in range(self.rivals)]
         return {f"rival {i}": SimpleNamespace(launches=own) for i, own in enumerate(launches)}
+
+    def fp8_rivals(self, shape: Any) -> dict[str, SimpleNamespace]:
+        return self.bf16_rivals(shape)
+
+    def time_rivals(self, rivals: Any) -> dict[str, Any]:
+        """All but the first are not there."""
+        return {name: SimpleNamespace(p50=1.0) if name == "rival 0" else "not installed" for name in rivals}
 
     def time_launches(self, launches: Any) -> Any:
         return SimpleNamespace(p50=float(launches[0].args[1]))
@@ -187,6 +195,13 @@ def test_a_kernel_as_slow_as_reported_is_seen(bench: Any, time: float, expected:
     bench({"rival": 511.0, "4": time})
     check = test_kernels.test_times_slower_than_fp8
     assert verdict(check, "vllm-nixl-7x-slower", **at) == expected
+    assert attention_speed.against_fp8((2, 4, 8, 1024), 4).rival == "FP8 rival 0"
+
+
+def test_without_fp8_there_is_no_comparison(bench: Any) -> None:
+    bench({"rival": 511.0, "4": 380.0}, rivals=0)
+    with pytest.raises(RuntimeError, match="no attention over FP8 to compare with"):
+        verdict(test_kernels.test_times_slower_than_fp8, "vllm-nixl-7x-slower", batch=2, tokens=1024)
 
 
 LOGITS = ((256.0, "supported"), (160.0, "refuted"), (71.0, "refuted"))
@@ -237,7 +252,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(test_steps, "FEW", 300)
     yield
     random_models.release()
-    for cached in (test_steps.pair, test_steps.output_error):
+    for cached in (test_steps.pair, test_steps.strongest, test_steps.output_error):
         cached.cache_clear()
 
 
@@ -268,7 +283,7 @@ def test_a_step_on_a_cpu_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
     assert verdict(check, "vllm-blog-throughput-of-codes", **SMALL) == "refuted"
     assert verdict(test_steps.test_latency, "vllm-blog-latency-of-codes", **SMALL) == "refuted"
     assert verdict(test_steps.test_cache_bytes, "readme-step-memory", **SMALL) == "refuted"  # needle, 32 bits
-    found = test_steps.pair("needle", 1, 600, True)
+    found = test_steps.pair("needle", 1, 600, True, "4")
     assert (found.ours.arm, found.rival.arm) == ("ours, eager", "DynamicCache, eager")
     assert len(found.ours.milliseconds) == len(found.rival.milliseconds) == test_steps.STEPS
     assert 0 < found.error < 0.7
@@ -303,14 +318,18 @@ def test_rivals_that_come_near_are_timed_too(captured: float | None, eager: floa
 def test_steps_of_another_computation_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = decode_step.outputs
 
-    def unread(model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0) -> torch.Tensor:
+    def unread(
+        model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0, profile: str = "4"
+    ) -> torch.Tensor:
         return right(model, batch, tokens, arm, seed=5 if arm.cache == "ours" else seed)
 
     monkeypatch.setattr(decode_step, "outputs", unread)
     with pytest.raises(RuntimeError, match="nothing is timed"):
         test_steps.pair("needle", 1, 600)
 
-    def same(model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0) -> torch.Tensor:
+    def same(
+        model: Any, batch: int, tokens: int, arm: Any, *, seed: int = 0, profile: str = "4"
+    ) -> torch.Tensor:
         return right(model, batch, tokens, decode_step.Arm("dense", "dynamic", False), seed=seed)
 
     monkeypatch.setattr(decode_step, "outputs", same)

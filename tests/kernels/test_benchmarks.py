@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -59,6 +62,44 @@ def test_fp8_is_read_exactly(bench, rivals, fp8, rows, dim, tile):
     assert cache.nbytes == 2 * 2 * 2 * 256 * dim + 2 * 2 * 2 * 4
     with pytest.raises(ValueError, match="multiple of 96, not 256"):
         fp8.Fp8Cache.of(keys, values, 96)
+
+
+COMPILE = """
+import json, sys
+from collections import Counter
+import triton
+from compiled import INSTRUCTION, machine_code
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from turboquant_kernels.benchmarks.fp8 import _attend_splits as kernel
+types = dict(q_ptr="*fp16", k_ptr="*fp8e4nv", v_ptr="*fp8e4nv", scales_ptr="*fp32", partial_ptr="*fp32",
+             sums_ptr="*fp32", tokens="i32", splits="i32", rows="i32", heads="i32", scale="fp32")
+constants = dict(ROWS=16, DIM=128, TILE=int(sys.argv[1]), STAGES=3, DEPENDENTS=True, EARLY=False)
+signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name.endswith("_ptr")}
+source = ASTSource(kernel, signature, constants, aligned)
+sizes, sass = machine_code(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}))
+print(json.dumps([sizes, Counter(m[2] + m[3].split(" ")[0] for m in INSTRUCTION.finditer(sass))]))
+"""
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_fp8_is_read_by_whole_words(tile):
+    """Nothing spills, no byte is loaded alone, and an instruction converts two codes."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(tile)],
+        check=False,
+        cwd=tests,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes, found = json.loads(done.stdout)
+    assert (sizes["STACK"], sizes["LOCAL"]) == (0, 0)
+    assert not [name for name in found if name.startswith(("LDG.E.U8", "LDS.U8"))]
+    converted = sum(count for name, count in found.items() if "E4M3.UNPACK" in name)
+    assert converted >= 2 * tile * 128 // 2 // 128  # keys and values, two codes of each of 128 lanes
 
 
 def test_what_is_wrong_or_not_there_is_told_instead_of_timed(bench, rivals, monkeypatch):

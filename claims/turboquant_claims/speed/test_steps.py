@@ -59,7 +59,7 @@ def our_arm(model: Any) -> Arm:
 
 
 @lru_cache
-def output_error(name: str) -> float:
+def output_error(name: str, profile: str = "4") -> float:
     """How far our step's outputs are from a dense cache's, where another cache's content would be 1.
 
     Raises:
@@ -67,7 +67,7 @@ def output_error(name: str) -> float:
     """
     model = built(name, DEVICE)
     dense = Arm("DynamicCache", "dynamic", False)
-    ours = decode_step.outputs(model, 1, FEW, our_arm(model))
+    ours = decode_step.outputs(model, 1, FEW, our_arm(model), profile=profile)
     same, other = (decode_step.outputs(model, 1, FEW, dense, seed=seed) for seed in (0, 1))
     error = float((ours - same).norm() / (other - same).norm())
     if not 0 < error < 0.7:
@@ -79,9 +79,8 @@ def output_error(name: str) -> float:
 
 
 @lru_cache
-def pair(name: str, batch: int, tokens: int, masked: bool = True) -> Pair:
-    """Ours and the strongest of transformers' caches, as it serves them or read without a mask."""
-    error = output_error(name)
+def strongest(name: str, batch: int, tokens: int, masked: bool) -> list[Arm]:
+    """Of transformers' caches, as it serves them or read without a mask, those that may be the fastest."""
     model = built(name, DEVICE)
     rivals = [arm for arm in arms_for(model) if arm.cache != "ours" and arm.masked == masked]
     tried = [
@@ -91,9 +90,18 @@ def pair(name: str, batch: int, tokens: int, masked: bool = True) -> Pair:
     ]
     if not tried:
         raise RuntimeError(f"none of {', '.join(arm.name for arm in rivals)} ran: there is no baseline")
+    return candidates(rivals, {step.arm: step.percentile(50) for step in tried})
+
+
+@lru_cache
+def pair(name: str, batch: int, tokens: int, masked: bool = True, profile: str = "4") -> Pair:
+    """Ours and the strongest of transformers' caches, timed in turn."""
+    error = output_error(name, profile)
+    model = built(name, DEVICE)
     found = []
-    for arm in candidates(rivals, {step.arm: step.percentile(50) for step in tried}):
-        ours, rival = decode_step.in_turn(model, batch, tokens, [our_arm(model), arm], steps=STEPS)
+    for arm in strongest(name, batch, tokens, masked):
+        arms = [our_arm(model), arm]
+        ours, rival = decode_step.in_turn(model, batch, tokens, arms, profile=profile, steps=STEPS)
         _check(model, ours, rival)
         found.append(Pair(ours, rival, error))
     return min(found, key=lambda pair: pair.rival.percentile(50))
@@ -131,16 +139,19 @@ def _check(model: Any, ours: Step, rival: Step) -> None:
 
 
 def pair_of(cell: Cell) -> Pair:
-    """The pair of a cell's model, rows and tokens."""
-    return pair(cell["model"], cell["batch"], cell["tokens"], cell.get("masked", True))
+    """The pair of a cell's model, rows, tokens and profile."""
+    chosen = cell.get("masked", True), cell.get("profile", "4")
+    return pair(cell["model"], cell["batch"], cell["tokens"], *chosen)
 
 
 @claim(
     "readme-step-speed",
+    "readme-step-profiles",
     "readme-step-unmasked",
     "back2matching-2x-at-long-context",
     "vllm-blog-throughput-of-codes",
     "seed-taleef7-throughput-of-codes",
+    "seed-true-or-false-throughput-of-codes",
     "google-blog-faster-runtime",
 )
 def test_times_as_fast(cell: Cell, record: Record) -> None:

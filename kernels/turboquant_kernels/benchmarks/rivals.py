@@ -24,8 +24,8 @@ __all__ = ["CACHE_BYTES", "Launches", "Rival", "bf16_rivals", "fp8_rivals"]
 CACHE_BYTES = 3e8  # several times the L2 cache
 BF16_SETTINGS = ((64, 3, 2, False), (128, 2, 2, False), (64, 2, 4, True), (64, 4, 2, True), (32, 4, 4, True))
 FP8_SETTINGS = ((128, 3, 2, False), (64, 3, 4, False), (64, 4, 4, True), (128, 4, 2, True))
-"""Of the split kernels: tokens a tile, tiles in flight, programs a multiprocessor, early. Of some twenty, those
-that were fastest at one shape or another on an H200."""
+"""Tokens a tile, tiles in flight, programs a multiprocessor, early: of some twenty settings tried on an H200,
+those that were fastest at one shape or another."""
 
 Launches = Sequence[Callable[[], Tensor]]
 Pairs = Sequence[tuple[Tensor, Tensor]]
