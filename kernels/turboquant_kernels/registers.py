@@ -255,7 +255,8 @@ def _lanes(words: Tensor, bits: int, width: int) -> Tensor:
         )
     flat = words.reshape(-1, count)
     parts = [
-        flat[:, 32 * part.start : 32 * part.stop].reshape(len(flat), 32, -1) for part in _loads(count // 32)
+        flat[:, 32 * part.start : 32 * part.stop].reshape(len(flat), 32, part.stop - part.start)
+        for part in _loads(count // 32)
     ]
     lanes = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # (blocks, lane, word)
     return lanes.view(-1, 8, 4, width // UNIT, bits).permute(0, 3, 1, 2, 4)

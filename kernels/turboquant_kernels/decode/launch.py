@@ -12,8 +12,10 @@ from torch import Tensor
 
 from turboquant_kernels.decode.combine import combine_splits
 from turboquant_kernels.decode.portable import attend_splits as attend_splits_plainly
-from turboquant_kernels.decode.unpack import Codes, kernel_runs, table_tensor
-from turboquant_kernels.device import has_dependent_launches
+from turboquant_kernels.decode.step import DIMS
+from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor
+from turboquant_kernels.device import FLOATS, has_dependent_launches
+from turboquant_kernels.packed_kv.layout import check_stored, in_register_order
 
 __all__ = ["Kernel", "Settings", "attend_codes", "combine", "settings_for"]
 
@@ -87,7 +89,7 @@ def settings_for(
         subs, registers = 1, 255
     if sketched and queries > 4:
         # A query has twice the coordinates, which registers hold: more rows at once do not fit.
-        queries, subs, registers = 8, 1, 255 if head_dim == 256 else 160
+        queries, subs, registers = 8, 1, 255 if head_dim == 256 else 168
     if kernel == "triton":
         # The most with which three programs fit a multiprocessor, or two.
         registers = max(registers, 224 if sketched and head_dim == 256 else 168)
@@ -145,10 +147,22 @@ def attend_codes(
         splits: Programs a head.
 
     Returns:
-        (B, G, rows, D), in the values' rotated basis unless there are `factors`.
+        (B, G, rows, D), in the values' rotated basis unless there are `factors`; zero where nothing is seen,
+        NaN in a row whose query has NaN or infinity in it.
+
+    Raises:
+        ValueError: If the tensors are not what a kernel reads, or lengths lie beyond them. (Lengths on the
+            device end there: asking would wait for it.)
     """
+    _check(query, keys, values, length + moving * (queries_per_head - 1), floor)
     batch, heads, rows = query.shape[:3]
     dim, blocks = sum(values.widths), keys.words[0].shape[2]
+    if query.numel() == 0 or blocks == 0:
+        out = query.new_zeros(batch, heads, rows, dim, dtype=dtype)
+        if raw is not None and query.numel():
+            x = torch.where(raw[1][..., 1:] == 0, 0.0, raw[0] / raw[1][..., 1:])
+            (raw[0] if factors is None else out).copy_(x)
+        return out
     how = settings or settings_for(
         rows, dim, keys.token_bits / dim, values.token_bits / dim, batch * heads * blocks, kernel,
         keys.relative,
@@ -183,6 +197,44 @@ def attend_codes(
         attend_splits_plainly[grid](*found, **constants, ASM=assembly)
     combine(partial, sums, out, 1 / values.units[0], raw, factors, apart=factors is None)
     return out
+
+
+def _check(query: Tensor, keys: Codes, values: Codes, length: int, floor: int) -> None:
+    """Whether a kernel, which sees addresses alone, can read these."""
+    dim = sum(values.widths)
+    coordinates = 2 * dim if keys.relative else dim
+    if (
+        query.ndim != 4
+        or query.dtype not in FLOATS
+        or not query.is_contiguous()
+        or query.shape[-1] != coordinates
+        or sum(keys.widths) != coordinates
+        or dim not in DIMS
+    ):
+        raise ValueError(
+            f"queries must be (B, G, rows, {coordinates}), contiguous, of bfloat16, float16 or float32, and "
+            f"keys and values of {', '.join(map(str, DIMS))} channels; not {tuple(query.shape)} {query.dtype} "
+            f"of strides {query.stride()}, keys of {sum(keys.widths)} coordinates and values of {dim}"
+        )
+    for name, side in (("keys", keys), ("values", values)):
+        runs = list(zip(side.widths, side.bits, strict=True))
+        if len(runs) > MOST_RUNS or not all(in_register_order(*run) for run in runs):
+            raise ValueError(
+                f"{name} must be one run or two, of widths that are multiples of 32 and of 1, 2, 3 or 4 "
+                f"bits, not (width, bits) {runs}"
+            )
+        check_stored(side.words, runs, side.norms, query)
+        if not all(held.is_contiguous() for held in (*side.words, *side.norms)):
+            raise ValueError(
+                f"words and norms of {name} must be contiguous, not of strides "
+                f"{[held.stride() for held in (*side.words, *side.norms)]}"
+            )
+    held = keys.norms[0].shape[-1]
+    if values.norms[0].shape[-1] != held or max(length, floor) > held:
+        raise ValueError(
+            f"{held} tokens of keys and {values.norms[0].shape[-1]} of values are stored, which must be the "
+            f"same, and at least the {max(length, floor)} that are to be read"
+        )
 
 
 def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:

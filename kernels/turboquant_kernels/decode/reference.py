@@ -71,14 +71,23 @@ def check(query: Tensor, reading: Reading) -> None:
         reading: What they read.
 
     Raises:
-        ValueError: If shapes do not suit.
+        ValueError: If shape, dtype or device do not suit.
     """
-    batch, heads, count, dim = query.shape
-    kv_heads = reading.raw_keys.shape[1]
-    if heads % kv_heads or count != reading.queries or batch != reading.raw_keys.shape[0]:
+    rows, kv_heads, _, dim = reading.raw_keys.shape
+    shape = query.shape
+    if (
+        len(shape) != 4
+        or shape[1] % kv_heads
+        or (shape[0], shape[2], shape[3]) != (rows, reading.queries, dim)
+    ):
         raise ValueError(
-            f"queries must be ({reading.raw_keys.shape[0]}, a multiple of {kv_heads}, {reading.queries}, "
-            f"{dim}), not {tuple(query.shape)}"
+            f"queries must be ({rows}, a multiple of {kv_heads}, {reading.queries}, {dim}), "
+            f"not {tuple(shape)}"
+        )
+    if not query.is_floating_point() or query.device != reading.raw_keys.device:
+        raise ValueError(
+            f"queries must be of a floating-point dtype on {reading.raw_keys.device}, where the cache is, "
+            f"not {query.dtype} on {query.device}: move them, or the cache with `to`"
         )
 
 

@@ -522,16 +522,20 @@ def attend_splits(
         length += gl.load(length_ptr).to(gl.int32)
     if floor_ptr is not None:
         floor = gl.load(floor_ptr).to(gl.int32)
+    # What lies beyond the storage is not there, whatever a length on the device says.
+    held = 32 * blocks
+    length, floor = gl.minimum(length, held), gl.minimum(floor, held)
     last = blocks - 1
     query = (
         first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
     ) % queries_per_head
-    limit = gl.expand_dims(gl.expand_dims(gl.maximum(length + moving * query, floor), 0), 1)
+    limit = gl.minimum(gl.maximum(length + moving * query, floor), held)
+    limit = gl.expand_dims(gl.expand_dims(limit, 0), 1)
 
     # Steps of this split; those from first_full to end_full need no mask.
     first = start // STEP
     floor = gl.maximum(floor, 0)
-    stop = gl.maximum(length + moving * (queries_per_head - 1), floor)
+    stop = gl.minimum(gl.maximum(length + moving * (queries_per_head - 1), floor), held)
     count = gl.maximum((stop + STEP - 1) // STEP - first, 0)
     begin = first + count * split // splits
     end = first + count * (split + 1) // splits

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turboquant_kernels import device
 from turboquant_kernels.dequantize import reference
-from turboquant_kernels.packed_kv.layout import BLOCK, Side, in_register_order
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, check_stored, in_register_order
 
 __all__ = ["dequantize", "implementation"]
 
@@ -59,7 +59,7 @@ def dequantize(
         (B, G, blocks * 32, d), with the bytes of `reference.dequantize`; NaN where a norm is infinite.
 
     Raises:
-        ValueError: If runs and levels do not match.
+        ValueError: If runs and levels do not match, or tensors are not what a layer stores.
     """
     bits = [len(table).bit_length() - 1 for table in levels]
     if len(words) != len(levels) or any(w.shape[-1] % b for w, b in zip(words, bits, strict=True)):
@@ -67,12 +67,18 @@ def dequantize(
             f"each run of words (..., width * bits) needs its 2^bits levels: words end in "
             f"{[w.shape[-1] for w in words]}, tables have {[len(table) for table in levels]} levels"
         )
+    widths = [w.shape[-1] // b for w, b in zip(words, bits, strict=True)]
+    check_stored(words, list(zip(widths, bits, strict=True)), [norms], norms)
+    if factors is not None and (factors.shape[-1] != sum(widths) or factors.device != norms.device):
+        raise ValueError(
+            f"a rotation of tokens of {sum(widths)} coordinates on {norms.device} has as many factors a "
+            f"round there, not {tuple(factors.shape)} on {factors.device}"
+        )
     if implementation(words, bits) == "torch":
         return reference.dequantize(words, norms, levels, bits, side, factors, dtype)
     from turboquant_kernels.dequantize.kernel import dequantize_blocks
 
     batch, heads, blocks = words[0].shape[:3]
-    widths = [w.shape[-1] // b for w, b in zip(words, bits, strict=True)]
     dim = sum(widths)
     out = torch.empty(batch, heads, blocks * BLOCK, dim, dtype=dtype, device=norms.device)
     second = len(words) > 1

@@ -43,8 +43,16 @@ def rotate(
 
     Returns:
         (..., d), a new tensor, with the bytes of `reference.rotate`.
+
+    Raises:
+        ValueError: If the factors are of another dimension, or on another device.
     """
     dim = factors.shape[1]
+    if x.shape[-1] != dim or x.device != factors.device:
+        raise ValueError(
+            f"a rotation of {dim} coordinates on {factors.device} takes vectors (..., {dim}) there, not "
+            f"{tuple(x.shape)} on {x.device}"
+        )
     if implementation(x, dim) == "torch":
         return reference.rotate(x.float(), factors, inverse=inverse).to(dtype)
     from turboquant_kernels.hadamard.kernel import rotate_rows

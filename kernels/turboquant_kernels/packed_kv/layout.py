@@ -11,6 +11,7 @@ its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from turboquant_kernels import registers
 from turboquant_kernels.registers import BLOCK
 
-__all__ = ["BLOCK", "Side", "in_register_order", "pack", "unpack", "words_per_block"]
+__all__ = ["BLOCK", "Side", "check_stored", "in_register_order", "pack", "unpack", "words_per_block"]
 
 Side = Literal["key", "value"]
 
@@ -32,6 +33,42 @@ def in_register_order(width: int, bits: int) -> bool:
 def words_per_block(width: int, bits: int) -> int:
     """int32 words of one block of 32 tokens."""
     return width * bits
+
+
+def check_stored(
+    words: Sequence[Tensor], runs: Sequence[tuple[int, int]], numbers: Sequence[Tensor], like: Tensor
+) -> None:
+    """Whether tensors can be a layer's codes and norms: a kernel that read others would not notice.
+
+    Args:
+        words: Of each run, (B, G, blocks, width * bits) int32.
+        runs: (width, bits) of each run.
+        numbers: (B, G, blocks * 32) float16: norms, and lengths of residuals.
+        like: (B, G, ...) on the device where they must be.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    blocks = words[0].shape[2] if words and words[0].ndim == 4 else 0
+    lead, device = like.shape[:2], like.device
+    if (
+        not words
+        or len(words) != len(runs)
+        or any(
+            held.shape != (*lead, blocks, width * bits) or held.dtype != torch.int32 or held.device != device
+            for held, (width, bits) in zip(words, runs, strict=True)
+        )
+        or any(
+            held.shape != (*lead, blocks * BLOCK) or held.dtype != torch.float16 or held.device != device
+            for held in numbers
+        )
+    ):
+        given = [f"{tuple(held.shape)} {held.dtype} on {held.device}" for held in (*words, *numbers)]
+        raise ValueError(
+            f"runs of (width, bits) {list(runs)} need words ({lead[0]}, {lead[1]}, blocks, width * bits) of "
+            f"int32 each, then norms ({lead[0]}, {lead[1]}, blocks * {BLOCK}) of float16, all on {device}; "
+            f"not {'; '.join(given)}"
+        )
 
 
 def pack(codes: Tensor, bits: int, side: Side) -> Tensor:
@@ -82,10 +119,11 @@ def unpack(words: Tensor, bits: int, width: int, side: Side) -> Tensor:
     if in_register_order(width, bits):
         unpack_side = registers.unpack_keys if side == "key" else registers.unpack_values
         return unpack_side(words, bits, width)
+    pieces = _pieces(bits)
     octets = words.contiguous().view(torch.uint8).view(*words.shape[:-1], 4 * bits, width)
     codes: Tensor | None = None
     row = 0
-    for piece in _pieces(bits):
+    for piece in pieces:
         held = octets[..., row : row + 4 * piece, :]
         row += 4 * piece
         places = [(held >> (piece * place)) for place in range(8 // piece)]
@@ -93,11 +131,12 @@ def unpack(words: Tensor, bits: int, width: int, side: Side) -> Tensor:
         if piece < 8:
             found &= (1 << piece) - 1
         codes = found if codes is None else (codes << piece).bitwise_or_(found)
-    if codes is None:
-        raise ValueError(f"bits must be in 1..8, not {bits}")
+    assert codes is not None  # for mypy: there is a piece at least
     return codes
 
 
 def _pieces(bits: int) -> list[int]:
     """Powers of two that sum to bits, largest first."""
+    if bits not in range(1, 9):
+        raise ValueError(f"bits must be in 1..8, not {bits}")
     return [piece for piece in (8, 4, 2, 1) if bits & piece]

@@ -286,13 +286,19 @@ class PackedKV:
             first: (B,) int64: known padding tokens on the left of each row; None for none.
 
         Raises:
-            ValueError: If each row holds a token already.
+            ValueError: If each row holds a token already, or it is no number of tokens a row.
         """
+        least = 0 if first is None else int(first.min())
+        if first is not None and (first.ndim != 1 or first.dtype != torch.int64 or least < 0):
+            raise ValueError(
+                f"padding is a number of tokens a row, (batch,) int64 and not negative, not "
+                f"{tuple(first.shape)} {first.dtype} {first.flatten()[:8].tolist()}"
+            )
         if not self.padding_open:
             raise ValueError("padding can only be stated before the first tokens: reset the cache first")
         here = None if self._halves is None else self._halves[0].recent.device
         self.first = first if first is None or here is None else first.to(here)
-        self._padding = (0, 0) if first is None else (int(first.min()), int(first.max()))
+        self._padding = (0, 0) if first is None else (least, int(first.max()))
 
     @torch.no_grad()
     def update(self, keys: Tensor, values: Tensor, rule: Rule = "codes") -> Reading:
@@ -442,7 +448,14 @@ class PackedKV:
         return self._halves
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"keys and values must be of the same rows, heads and tokens, not {tuple(keys.shape)} and "
+                f"{tuple(values.shape)}"
+            )
         for name, x, codec in zip(("keys", "values"), (keys, values), self._codecs, strict=True):
+            if not x.is_floating_point():
+                raise ValueError(f"{name} must be of a floating-point dtype, not {x.dtype}")
             if x.ndim != 4 or x.shape[-1] != codec.dim or x.shape[2] == 0:
                 raise ValueError(
                     f"{name} must have shape (batch, kv heads, tokens, {codec.dim}) with at least one token, "
