@@ -270,6 +270,21 @@ class TestAttendCodes:
         with pytest.raises(ValueError, match=r"at least the 1.. that are to be read"):
             Layer.random(2, 128).attend(normal(1, 2, 2, 128), attend_codes, **beyond)
 
+    @pytest.mark.parametrize(
+        "beyond", [{"length_tensor": 129}, {"length_tensor": 1 << 30}, {"length_tensor": 127, "moving": 1},
+                   {"length_tensor": 3, "floor_tensor": 10**6}],
+    )  # fmt: skip
+    def test_lengths_on_the_device_end_with_the_storage(self, beyond, attend_codes) -> None:
+        layer, query = Layer.random(2, 128), normal(1, 2, 4, 128)
+        given = {name: torch.tensor(value) if "tensor" in name else value for name, value in beyond.items()}
+        found = layer.attend(query, attend_codes, length=0, queries_per_head=4, **given)
+        if "moving" in beyond:
+            expected = layer.attend(query, attend_codes, length=128)
+            assert torch.equal(found[:, :, 1:], expected[:, :, 1:])
+            assert not torch.equal(found[:, :, 0], expected[:, :, 0])
+        else:
+            assert torch.equal(found, layer.attend(query, attend_codes, length=128))
+
     def test_misaligned_storage_is_read_as_any(self, attend_codes) -> None:
         layer, query = Layer.random(2, 100), normal(1, 2, 4, 128)
         expected = layer.attend(query, attend_codes)

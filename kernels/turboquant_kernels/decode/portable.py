@@ -433,14 +433,18 @@ def attend_splits(
         length += tl.load(length_ptr).to(tl.int32)
     if floor_ptr is not None:
         floor = tl.load(floor_ptr).to(tl.int32)
+    # What lies beyond the storage is not there, whatever a length on the device says.
+    held = 32 * blocks
+    length, floor = tl.minimum(length, held), tl.minimum(floor, held)
     last = blocks - 1
     query = tl.arange(0, QUERIES)
     limit = tl.maximum(length + moving * ((first_row + query) % queries_per_head), floor)
+    limit = tl.minimum(limit, held)
 
     # Steps of this split; those from first_full to end_full need no mask.
     first = start // STEP
     floor = tl.maximum(floor, 0)
-    stop = tl.maximum(length + moving * (queries_per_head - 1), floor)
+    stop = tl.minimum(tl.maximum(length + moving * (queries_per_head - 1), floor), held)
     count = tl.maximum((stop + STEP - 1) // STEP - first, 0)
     begin = first + count * split // splits
     end = first + count * (split + 1) // splits
