@@ -213,8 +213,9 @@ def _check(query: Tensor, keys: Codes, values: Codes, length: int, floor: int) -
     ):
         raise ValueError(
             f"queries must be (B, G, rows, {coordinates}), contiguous, of bfloat16, float16 or float32, and "
-            f"keys and values of {', '.join(map(str, DIMS))} channels; not {tuple(query.shape)} {query.dtype} "
-            f"of strides {query.stride()}, keys of {sum(keys.widths)} coordinates and values of {dim}"
+            f"keys and values of {', '.join(map(str, DIMS))} channels; not {tuple(query.shape)} "
+            f"{query.dtype} of strides {query.stride()}, keys of {sum(keys.widths)} coordinates and values "
+            f"of {dim}"
         )
     for name, side in (("keys", keys), ("values", values)):
         runs = list(zip(side.widths, side.bits, strict=True))
