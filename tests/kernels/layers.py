@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulation
 import torch
@@ -149,3 +149,18 @@ def dominant(
     target = layer.dense()[0][:, :, tokens // 3]
     gain = math.log(tokens * share / (1 - share)) * math.sqrt(128) / target.square().sum(-1, keepdim=True)
     return layer, ((target * gain)[:, :, None] * torch.tensor([1.0, 0.9, 1.1])[:, None]).float()
+
+
+def moved(x: Tensor) -> Tensor:
+    """The same numbers one element beyond where an allocator puts them."""
+    held = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
+    return held.copy_(x)
+
+
+def displaced(layer: Layer) -> Layer:
+    """The same layer, every tensor `moved`."""
+    sides = (
+        replace(side, words=tuple(map(moved, side.words)), norms=tuple(map(moved, side.norms)))
+        for side in (layer.keys, layer.values)
+    )
+    return Layer(*sides, layer.dim)

@@ -9,7 +9,7 @@ import portable_on_cpu
 import pytest
 import torch
 from interpreted import NEEDS_TRITON
-from layers import WHOLE, Layer, normal
+from layers import WHOLE, Layer, displaced, moved, normal
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -318,17 +318,3 @@ def none_of(codes: Codes) -> Codes:
     return replace(
         codes, words=tuple(w[:, :, :0] for w in codes.words), norms=tuple(n[..., :0] for n in codes.norms)
     )
-
-
-def moved(x: Tensor) -> Tensor:
-    """The same numbers one element beyond where an allocator puts them."""
-    held = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape)
-    return held.copy_(x)
-
-
-def displaced(layer: Layer) -> Layer:
-    sides = (
-        replace(side, words=tuple(map(moved, side.words)), norms=tuple(map(moved, side.norms)))
-        for side in (layer.keys, layer.values)
-    )
-    return Layer(*sides, layer.dim)
