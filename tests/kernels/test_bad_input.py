@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant.rotation import make_rotation
-from turboquant_kernels import dequantize, hadamard
+from turboquant_kernels import dequantize, hadamard, scores, sketch
 from turboquant_kernels.decode import attend, choose
 from turboquant_kernels.decode.unpack import Codes
 from turboquant_kernels.packed_kv import PackedKV, Reading
@@ -173,6 +173,38 @@ class TestDequantize:
         assert torch.equal(found, expected)
         nothing = dequantize.dequantize([words[:, :, :0]], norms[..., :0], [levels], side="value")
         assert nothing.shape == (1, 2, 0, D)
+
+
+class TestScores:
+    @pytest.mark.parametrize("foreign", ["int64", "float norms", "another device"])
+    def test_foreign_storage(self, foreign) -> None:
+        words, norms, _ = stored()
+        run = vector_codec(D, ((D, 4),), seed=1).groups[0].coded[0]
+        words, norms = FOREIGN[foreign](words, norms)
+        with pytest.raises(ValueError, match=r"need words \(1, 2, blocks, width \* bits\) of int32 each"):
+            scores.scores(normal(1, 2, 3, D), [words], [norms], [run])
+        words = words[..., :D].contiguous()
+        with pytest.raises(ValueError, match=r"need words \(1, 2, blocks, width \* bits\) of int32 each"):
+            sketch.inner_products(normal(1, 2, 3, D), words, norms, norms)
+
+    def test_shapes_empty_storage_and_queries_that_are_no_numbers(self) -> None:
+        words, norms, _ = stored()
+        run, query = vector_codec(D, ((D, 4),), seed=1).groups[0].coded[0], normal(1, 2, 3, D)
+        for given in (
+            (query[..., :32], [words], [norms], [run]),
+            (query, [words[:, :1]], [norms], [run]),
+            (query, [words], [norms] * 3, [run]),
+            (query, [words], [norms], [run] * 2),
+        ):
+            with pytest.raises(ValueError, match="need widths that sum to d"):
+                scores.scores(*given)
+        nothing = scores.scores(query, [words[:, :, :0]], [norms[..., :0]], [run])
+        assert nothing.shape == (1, 2, 3, 0)
+        clean = scores.scores(query, [words], [norms], [run])
+        query[0, 1, 2, 5] = math.nan
+        found = scores.scores(query, [words], [norms], [run])
+        assert found[0, 1, 2].isnan().all()
+        assert torch.equal(found.flatten(0, 2)[:5], clean.flatten(0, 2)[:5])
 
 
 class TestRotate:

@@ -14,7 +14,7 @@ from layers import SKETCHED, SPLITS, TOLERANCE, WHOLE, Layer, displaced, error, 
 from torch import Tensor
 
 from turboquant.cache import vector_codec
-from turboquant_kernels import dequantize, hadamard
+from turboquant_kernels import dequantize, hadamard, scores
 from turboquant_kernels.decode import attend, choose
 from turboquant_kernels.decode.unpack import Codes
 from turboquant_kernels.packed_kv import PackedKV
@@ -292,6 +292,21 @@ class TestOthers:
             dequantize.dequantize(
                 [words], norms, [levels], side="key", factors=torch.ones(3, 64, device=DEVICE)
             )
+
+    def test_scores(self) -> None:
+        layer, query = on_device(Layer.random(2, 100)), normal(1, 2, 3, 128).to(DEVICE)
+        words, norms = layer.keys.words[0], layer.keys.norms[0]
+        run = vector_codec(128, ((128, 4),), seed=1).to(DEVICE).groups[0].coded[0]
+        clean = scores.scores(query, [words], [norms], [run])
+        assert scores.implementation(query, [words], [run]) != "torch"
+        assert torch.equal(scores.scores(moved(query), [moved(words)], [moved(norms)], [run]), clean)
+        for foreign in (words.long(), words.cpu()):
+            with pytest.raises(ValueError, match="of int32 each"):
+                scores.scores(query, [foreign], [norms], [run])
+        query[0, 1, 2, 5] = math.inf
+        found = scores.scores(query, [words], [norms], [run])
+        assert found[0, 1, 2].isnan().all()
+        assert torch.equal(found.flatten(0, 2)[:5], clean.flatten(0, 2)[:5])
 
     def test_rotations(self) -> None:
         factors = torch.full((3, 128), 128**-0.5, device=DEVICE)

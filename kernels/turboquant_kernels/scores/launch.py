@@ -11,7 +11,7 @@ from torch import Tensor
 from turboquant_kernels import device
 from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor
 from turboquant_kernels.packed_kv import Run
-from turboquant_kernels.packed_kv.layout import BLOCK, in_register_order
+from turboquant_kernels.packed_kv.layout import BLOCK, check_stored, in_register_order
 from turboquant_kernels.scores import reference
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def scores(
         has NaN or infinity in it.
 
     Raises:
-        ValueError: If shapes do not match.
+        ValueError: If shapes do not match, or tensors are not what a layer stores.
     """
     return scores_with_lengths(query, words, norms, None, runs, scale, dtype)
 
@@ -93,6 +93,8 @@ def scores_with_lengths(
 ) -> Tensor:
     """As `scores`, of keys whose norms are multiplied by `lengths`, float16 of the same shape, if given."""
     _check(query, words, norms, runs)
+    numbers = norms if lengths is None else [*norms, lengths]
+    check_stored(words, [(run.width, run.bits) for run in runs], numbers, query)
     chosen = implementation(query, words, runs)
     if chosen == "torch":
         return reference.scores(query, words, norms, lengths, runs, scale, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turboquant_kernels import scores
 from turboquant_kernels.packed_kv import Run
-from turboquant_kernels.packed_kv.layout import BLOCK
+from turboquant_kernels.packed_kv.layout import BLOCK, check_stored
 from turboquant_kernels.scores.launch import scores_with_lengths
 from turboquant_kernels.sketch import reference
 
@@ -35,7 +35,7 @@ def inner_products(query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor)
         (B, G, R, blocks * 32) float32; NaN where a norm is infinite.
 
     Raises:
-        ValueError: If shapes do not match.
+        ValueError: If shapes do not match, or tensors are not what a layer stores.
     """
     if lengths.shape != norms.shape or words.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -43,6 +43,7 @@ def inner_products(query: Tensor, words: Tensor, norms: Tensor, lengths: Tensor)
             f"numbers (..., blocks * {BLOCK}) a token, not {tuple(words.shape)}, {tuple(norms.shape)} and "
             f"{tuple(lengths.shape)}"
         )
+    check_stored([words], [(query.shape[-1], 1)], [norms, lengths], query)
     if implementation(query, words) == "torch":
         return reference.inner_products(query, words, norms, lengths)
     return scores_with_lengths(query, [words], [norms], lengths, [_signs(words.shape[-1], words.device)], 1.0)
