@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import MODELS
 from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig, StaticCache
@@ -201,6 +202,12 @@ def test_percentiles_and_ratios():
     assert [ours.percentile(p) for p in (0, 20, 50, 80, 100)] == [1, 2, 3, 4, 5]
     other = Step(1, 8, "StaticCache, captured", "gpu", [6.0], 1, 2, "torch's choice")
     assert list(decode_step.table([ours, other]).columns[5].cells) == ["1.00", "2.00"]
+    console = Console(width=300)
+    with console.capture() as seen:
+        console.print(decode_step.table([ours, other], markdown=True))
+    lines = [line for line in seen.get().splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in lines] == [13] * 4
+    assert "| ours, captured " in lines[2]
 
 
 def test_bad_numbers_and_captures_on_a_cpu(model):

@@ -347,6 +347,7 @@ def speed(
             "random keys and values fill the cache."
         ),
     ] = "raw",
+    markdown: Annotated[bool, typer.Option(help="Print tables as Markdown.")] = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="File for the times, one JSON object an arm.")
     ] = None,
@@ -376,7 +377,8 @@ def speed(
                 arms=_chosen(decode_step.arms_for(loaded), arms),
                 prompt=_prompt(prompt),
             )
-            _out.print(decode_step.table(found))
+            shown = decode_step.table(found, markdown)
+            _out.print(shown, width=300 if markdown else None)
             lines += [json_module.dumps(dataclasses.asdict(step)) + "\n" for step in found]
             failed += [step for step in found if step.failed and step.arm.startswith("ours")]
             if json is not None:

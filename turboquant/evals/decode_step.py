@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -305,11 +306,12 @@ def outputs(
     return logits[:, -1].float()
 
 
-def table(found: Sequence[Step]) -> Table:
+def table(found: Sequence[Step], markdown: bool = False) -> Table:
     """What was found for one shape, as a table for a shell.
 
     Args:
         found: What `measure` returned.
+        markdown: Whether its lines are Markdown's.
 
     Returns:
         A row an arm: milliseconds a step, times as long as ours captured (or else eager), tokens a second,
@@ -331,6 +333,7 @@ def table(found: Sequence[Step]) -> Table:
         "its peak GB",
         "attended by",
         title=title,
+        box=MARKDOWN if markdown else HEAVY_HEAD,
     )
     ours = next((step for step in found if step.arm.startswith("ours") and step.milliseconds), None)
     for step in found:
