@@ -46,6 +46,8 @@ class Pair:
             output_error=self.error,
             backend=self.ours.backend,
             backend_reason=self.ours.reason,
+            milliseconds=self.ours.percentile(50),
+            rival_milliseconds=self.rival.percentile(50),
             cache_bytes=self.ours.cache_bytes,
             rival_cache_bytes=self.rival.cache_bytes,
             device=DEVICE,
