@@ -41,6 +41,11 @@ def machine_code(kernel: Any) -> tuple[dict[str, int], str]:
     return {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, sass
 
 
+def bytes_of_floats(sass: str) -> int:
+    """Conversions of floats to bytes: what ptxas of CUDA 12 makes of storing a byte of a float's bits."""
+    return len(re.findall(r"\bF2IP?\.[SU]8\b", sass))
+
+
 def loops(sass: str) -> list[Counter[str]]:
     """Instructions by name of each loop that uses the tensor cores: from a backward branch's target to it."""
     found = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
@@ -159,6 +164,7 @@ def main(
                 "elements": elements,
                 "error": off,
                 "races": sorted(races),
+                "bytes of floats": bytes_of_floats(sass),
             }
         )
     )

@@ -158,11 +158,12 @@ def _quads(words, low, high, FIRST: tl.constexpr, BITS: tl.constexpr, ASM: tl.co
 
 @triton.jit
 def _opaque(x, ASM: tl.constexpr):
-    """The same int8s. No instruction, but Triton does not look through it when it lays out a product.
+    """The same int8s. No instruction, but two compilers are kept from looking through it.
 
-    If it does, version 3.6 sees the joins, takes two codes for one wide one, and gives each lane eight columns
-    side by side instead of four: then codes move through shared memory, and on an H200 outputs were off by
-    1.3e-3 of sum p |v| instead of 1.6e-5, for a reason that was not found.
+    Triton 3.6, when it lays out a product, would see the joins, take two codes for one wide one, and give each
+    lane eight columns side by side instead of four: then codes move through shared memory. And ptxas of CUDA
+    12.8 and 12.9, as Triton brings it along, stores the lowest byte of a float's bits wrongly, converting the
+    float instead: bytes of queries go to shared memory, and those of the first unit were lost.
     """
     if ASM:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int8, False, 4)
