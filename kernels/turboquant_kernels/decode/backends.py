@@ -30,9 +30,11 @@ class Attention:
         backend: What was asked for.
         decoding: What did the last step of at most 8 new tokens: "gluon", "triton" or "torch"; None before
             the first.
-        prefill: What did the last forward of more new tokens (always "torch"); None before the first.
+        prefill: What did the last forward of more new tokens: "triton" (the one kernel there is for them,
+            whatever the one for steps) or "torch"; None before the first.
         reason: Why `decoding` is "torch" although "auto" prefers a kernel; None if it is not, or was asked
             for.
+        prefill_reason: The same of `prefill`.
     """
 
     def __init__(self, backend: str) -> None:
@@ -40,6 +42,7 @@ class Attention:
         self.decoding: str | None = None
         self.prefill: str | None = None
         self.reason: str | None = None
+        self.prefill_reason: str | None = None
         self._mask: tuple[ReferenceType[Tensor], object, bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attention:
@@ -66,22 +69,28 @@ class Attention:
         Raises:
             ValueError: If shapes do not suit, or the implementation asked for cannot do this step.
         """
-        if self.backend == "torch" or reading.queries > step.MOST_QUERIES:
-            why = None
-        else:
+        many = reading.queries > step.MOST_QUERIES
+        why = None
+        if self.backend != "torch":
             kernel = step.preferred(query.device) if self.backend == "auto" else cast("Kernel", self.backend)
             why = self._refusal(query, reading, mask, causal, kernel)
             if why is None:
                 reference.check(query, reading)
+                if many:
+                    from turboquant_kernels.prefill.launch import attend
+
+                    self.prefill, self.prefill_reason = "triton", None
+                    return attend(query, reading, scale=scale, softcap=softcap)
                 self.decoding, self.reason = kernel, None
                 return step.attend(query, reading, scale=scale, kernel=kernel, softcap=softcap)
             if self.backend != "auto":
+                step_or_more = "forward of many tokens" if many else "decoding step"
                 raise ValueError(
-                    f"the {kernel} kernel cannot do this decoding step: {why}; use backend='torch', or "
+                    f"the {kernel} kernel cannot do this {step_or_more}: {why}; use backend='torch', or "
                     "'auto', which takes what can"
                 )
-        if reading.queries > step.MOST_QUERIES:
-            self.prefill = "torch"
+        if many:
+            self.prefill, self.prefill_reason = "torch", why
         else:
             self.decoding, self.reason = "torch", why
         return reference.attend(query, reading, scale=scale, mask=mask, softcap=softcap, causal=causal)
@@ -120,7 +129,7 @@ def choose(backend: str) -> Attention:
     Args:
         backend: "torch" (the reference), "gluon" (the kernel for compute capability 9.0), "triton" (the one
             for any from 8.0 on) or "auto" (of the kernels the one for the device, where it can do the step).
-            Forwards of more than 8 new tokens are always the reference's.
+            Forwards of more than 8 new tokens have one kernel, of plain Triton, for both names.
 
     Returns:
         The function (see `reference.attend`), which records what ran.

@@ -27,10 +27,23 @@ from turboquant_kernels.packed_kv.store import Half
 if TYPE_CHECKING:
     from turboquant_kernels.decode.launch import Kernel
 
-__all__ = ["DIMS", "MOST_QUERIES", "attend", "preferred", "refusal", "sees_all_before"]
+__all__ = [
+    "DIMS",
+    "MANY_DIMS",
+    "MOST_QUERIES",
+    "Basis",
+    "attend",
+    "basis",
+    "codes",
+    "preferred",
+    "refusal",
+    "sees_all_before",
+]
 
 DIMS = (64, 96, 128, 256)
+MANY_DIMS = (64, 128, 256)
 MOST_QUERIES = 8
+_MASK_ROWS = 256
 _RAW_ROWS = 16
 _TURNED = 4  # rows that a program rotates
 _RAW_TILE = 16 << 10  # bytes of raw keys at a time: more would not fit registers
@@ -39,7 +52,7 @@ _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, eq=False)
-class _Basis:
+class Basis:
     """Where the coordinates that codes stand for lie among a head's channels.
 
     Attributes:
@@ -52,7 +65,7 @@ class _Basis:
     matrix: Tensor
 
 
-_bases: WeakKeyDictionary[VectorCodec, _Basis] = WeakKeyDictionary()
+_bases: WeakKeyDictionary[VectorCodec, Basis] = WeakKeyDictionary()
 
 
 def preferred(device: torch.device) -> Kernel:
@@ -69,7 +82,7 @@ def preferred(device: torch.device) -> Kernel:
 
 
 def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel: Kernel) -> str | None:
-    """Why a kernel cannot do this step.
+    """Why a kernel cannot do this step; of more than `MOST_QUERIES` new tokens, the one in `prefill`.
 
     Args:
         query: (B, H, n, D).
@@ -89,20 +102,26 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
     capability = torch.cuda.get_device_capability(query.device)
     if capability < (8, 0) or (kernel == "gluon" and capability != (9, 0)):
         return f"it is written for compute capability {needed}, not {capability[0]}.{capability[1]}"
-    if reading.queries > MOST_QUERIES:
-        return f"it takes 1 to {MOST_QUERIES} new tokens, not {reading.queries}"
     if reading.queries > 1 and not (causal or masked):
         return "new tokens that see later ones are not supported"
     if query.dtype != reading.raw_keys.dtype:
         return f"queries must have the keys' dtype {reading.raw_keys.dtype}, not {query.dtype}"
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
+    many = reading.queries > MOST_QUERIES
     for half in (reading.keys, reading.values):
-        if not _readable(half):
+        if not _readable(half, many):
+            dims, sketch = (
+                ("64, 128 or 256", "without a sketch of the residual")
+                if many
+                else (
+                    "64, 96, 128 or 256",
+                    "a sketch of the residual only in keys of 1 to 4 bits beside it in one part",
+                )
+            )
             return (
-                f"{half.side}s must have 64, 96, 128 or 256 channels, in one part or split in two of widths "
-                "that are multiples of 32, of 1, 2, 3 or 4 bits each, a sketch of the residual only in keys "
-                "of 1 to 4 bits beside it in one part, not (channels, bits) "
+                f"{half.side}s must have {dims} channels, in one part or split in two of widths that are "
+                f"multiples of 32, of 1, 2, 3 or 4 bits each, {sketch}, not (channels, bits) "
                 f"{half.codec.runs} with {half.codec.scales} norms"
             )
     return None
@@ -148,7 +167,7 @@ def attend(
     if coded and forward is None:
         # Before the raw tokens, so that the launch of the codes overlaps theirs.
         with _FullPrecision():
-            turned = _turned(grouped.float(), _basis(reading.keys.codec))
+            turned = _turned(grouped.float(), basis(reading.keys.codec))
     ring, width = reading.held is None, 1 << (dim - 1).bit_length()
     dependents = has_dependent_launches(query.device)
     turning = 0 if forward is None else -(-batch * heads * rows // _TURNED)
@@ -170,7 +189,7 @@ def attend(
     # under "raw" just these.
     moving = reading.rule == "codes"
     found = attend_codes(
-        turned, _codes(reading.keys), _codes(reading.values), softmax_scale=scale, queries_per_head=count,
+        turned, codes(reading.keys), codes(reading.values), softmax_scale=scale, queries_per_head=count,
         length=after - count + 1 - reading.window if moving else 0,
         length_tensor=known[0] if moving else None, moving=int(moving), floor=start, floor_tensor=known[1],
         skipped=reading.sinks, first=first, softcap=softcap, raw=(x, sums), factors=back,
@@ -178,7 +197,7 @@ def attend(
     )  # fmt: skip
     if back is None:
         with _FullPrecision():
-            found = _add_turned_back(x, found, _basis(reading.values.codec)).to(query.dtype)
+            found = _add_turned_back(x, found, basis(reading.values.codec)).to(query.dtype)
     return found.view(query.shape)
 
 
@@ -192,32 +211,38 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     Returns:
         () bool, on the device.
     """
-    number = torch.arange(reading.queries, device=mask.device)[:, None] + reading.before
     token = torch.arange(mask.shape[-1], device=mask.device)
-    expected = (token <= number)[None, None]
-    if reading.first is not None:
-        expected = expected & (token >= reading.first[:, None, None, None])
-    if mask.dtype == torch.bool:
-        return (mask == expected).all()
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return torch.where(expected, mask == 0, hidden).all()
+    found = torch.ones((), dtype=torch.bool, device=mask.device)
+    # Some rows at a time: a mask of many new tokens is large, and this must not be.
+    for start in range(0, reading.queries, _MASK_ROWS):
+        part = mask[:, :, start : start + _MASK_ROWS]
+        number = torch.arange(start, start + part.shape[2], device=mask.device)[:, None] + reading.before
+        expected = (token <= number)[None, None]
+        if reading.first is not None:
+            expected = expected & (token >= reading.first[:, None, None, None])
+        if mask.dtype == torch.bool:
+            found &= (part == expected).all()
+        else:
+            hidden = part <= torch.finfo(mask.dtype).min / 2
+            found &= torch.where(expected, part == 0, hidden).all()
+    return found
 
 
-def _readable(half: Half) -> bool:
-    """Whether the kernels read such codes: one run or two, of which one may be keys' sketch."""
+def _readable(half: Half, many: bool) -> bool:
+    """Whether kernels read such codes: one run or two; of a step, one may be keys' sketch."""
     codec = half.codec
-    if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
+    if not isinstance(codec, VectorCodec) or codec.dim not in DIMS or (many and codec.dim not in MANY_DIMS):
         return False
     runs = [run for group in codec.groups for run in group.coded]
     sketches = sum(group.sketch is not None for group in codec.groups)
     return (
         len(runs) + sketches <= MOST_RUNS
-        and (half.side == "key" or not sketches)
+        and (not sketches or (half.side == "key" and not many))
         and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
     )
 
 
-def _codes(half: Half) -> Codes:
+def codes(half: Half) -> Codes:
     """A half's tensors with what they mean."""
     assert isinstance(half.codec, VectorCodec)  # for mypy: `refusal` asks
     levels, units, sketched = [], [], False
@@ -244,7 +269,7 @@ def _factors(codec: object) -> Tensor | None:
     return getattr(only.rotation, "factors", None)
 
 
-def _basis(codec: object) -> _Basis:
+def basis(codec: object) -> Basis:
     """Rotations as one matrix: for queries and outputs, whose last bits decide no code.
 
     With a sketch, queries are also brought into its basis, as `GroupCodec.project` does."""
@@ -260,18 +285,18 @@ def _basis(codec: object) -> _Basis:
             parts.append(part)
         matrix: Tensor = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
         channels = None if codec.order is None else codec.order.long()
-        found = _bases[codec] = _Basis(channels, matrix)
+        found = _bases[codec] = Basis(channels, matrix)
     return found
 
 
-def _turned(x: Tensor, basis: _Basis) -> Tensor:
+def _turned(x: Tensor, basis: Basis) -> Tensor:
     """(B, G, rows, D) in the basis of the codes, (B, G, rows, coordinates)."""
     if basis.channels is not None:
         x = x.gather(-1, basis.channels[:, None].expand_as(x))
     return x @ basis.matrix
 
 
-def _add_turned_back(total: Tensor, x: Tensor, basis: _Basis) -> Tensor:
+def _add_turned_back(total: Tensor, x: Tensor, basis: Basis) -> Tensor:
     """total + x, which is in the basis of the codes."""
     dim = x.shape[-1]
     if basis.channels is None:
