@@ -111,8 +111,8 @@ def check(found: dict[str, Any], kernel: str, keys: str, dim: int) -> None:
         assert of_kinds(body, SHARED) == 0
         assert of_kinds(body, LOCAL) == 0
     assert found["sizes"]["LOCAL"] == 0
-    # With queries of 256 coordinates or more, words of the prologue are kept there that are read again between
-    # or after the loops.
+    # With queries of 256 coordinates or more, words of the prologue are kept there that are read again
+    # between or after the loops.
     coordinates = dim * (2 if "prod" in keys else 1)
     wide = kernel == "triton" and coordinates >= 256
     assert found["sizes"]["STACK"] <= (coordinates // 2 if wide else 0)
