@@ -78,8 +78,11 @@ def settings_for(
         if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
             registers = 128
     elif queries == 4:
-        # In plain Triton, two blocks of two runs do not fit the registers on every device.
-        subs = 2 if (short or bits < 4) and (kernel == "gluon" or bits % 1 == 0) else 1
+        subs = 2 if short or bits < 4 else 1
+        if kernel == "triton" and bits % 1:
+            subs = 1  # two blocks of two runs do not fit the registers on every device
+        elif kernel == "triton" and sketched:
+            subs = 2  # with one, the compiler for 8.0 spills
         registers = 160 if short and bits > 2 else 128
     elif queries == 8:
         subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
