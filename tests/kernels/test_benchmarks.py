@@ -178,9 +178,10 @@ def test_lines_and_table(bench):
     assert all(
         word in four for word in ("72.0", "80.0", "88.0 us", "6000 GB/s", "143%", "x 3.00 [2.50, 4.00]")
     )
+    found[shape]["gluon 4 (1 subs 4 warps 128 registers 4 programs)"] = rounds(60.0)
     assert bench.markdown("gluon", found) == [
-        "| batch, KV heads, query rows, tokens, head_dim | bf16 us | FP8 | 4 | conservative |",
-        "|---|---|---|---|---|",
-        "| 8, 8, 4, 32768, 128 | 242.0 | 2.00 | 3.00 | 4.00 |",
-        "| 1, 8, 4, 8192, 128 | 15.0 |  | 2.00 |  |",
+        "| batch, KV heads, query rows, tokens, head_dim | bf16 us | FP8 | 4 | conservative | 4, 2 |",
+        "|---|---|---|---|---|---|",
+        "| 8, 8, 4, 32768, 128 | 242.0 | 2.00 | 3.00 | 4.00 | 4.00 |",
+        "| 1, 8, 4, 8192, 128 | 15.0 |  | 2.00 |  |  |",
     ]

@@ -525,32 +525,30 @@ def shape_lines(
     return lines
 
 
-TABLE_FORMS = ("4", "3.5", "3", "2.5", "2")
-TABLE_NAMES = {"3.5": "conservative", "2.5": "aggressive"}
+TABLE = {"4": "4", "3.5": "conservative", "3": "3", "2.5": "aggressive", "2": "2"}
+"""Columns that come first, and what they are called."""
 
 
 def markdown(kernel: str, found: dict[Shape, dict[str, list[Timing]]]) -> list[str]:
     """The table of README: a row a shape, ratios to the best bf16 attention, medians of the rounds."""
-    forms = [
-        form for form in TABLE_FORMS if any(arm_name(kernel, form, form) in each for each in found.values())
-    ]
-    names = [TABLE_NAMES.get(form, form) for form in forms]
-    lines = [
-        "| batch, KV heads, query rows, tokens, head_dim | bf16 us | FP8 | " + " | ".join(names) + " |",
-        "|" + "---|" * (3 + len(forms)),
-    ]
-    for shape, arms_found in found.items():
-        best, narrow = fastest(arms_found, "bf16"), fastest(arms_found, "fp8")
+    kept = dict.fromkeys(arm for each in found.values() for arm in each if arm.startswith(f"{kernel} "))
+    first = [arm_name(kernel, form, form) for form in TABLE]
+    columns = [arm for arm in first if arm in kept]
+    columns += [arm for arm in kept if arm not in columns and "(" not in arm]
+    names = [TABLE.get(name, name) for name in (arm.removeprefix(f"{kernel} ") for arm in columns)]
+    head = ["batch, KV heads, query rows, tokens, head_dim", "bf16 us", "FP8", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for shape, timed in found.items():
+        best = fastest(timed, "bf16")
         if best is None:
             continue
-        wanted = [narrow, *(arm_name(kernel, form, form) for form in forms)]
-        cells = [
-            f"{median(ratios(arms_found, arm, best)):.2f}" if arm in arms_found else "" for arm in wanted
-        ]
         size = ", ".join(str(n) for n in (shape.batch, shape.heads, shape.rows, shape.tokens, shape.dim))
-        lines.append(
-            f"| {size} | {median(t.p50 for t in arms_found[best]):.1f} | " + " | ".join(cells) + " |"
-        )
+        cells = [size, f"{median(t.p50 for t in timed[best]):.1f}"]
+        cells += [
+            f"{median(ratios(timed, arm, best)):.2f}" if arm in timed else ""
+            for arm in (fastest(timed, "fp8"), *columns)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
