@@ -363,6 +363,16 @@ class TurboQuantCache(Cache):
         return self._attend.reason
 
     @property
+    def prefill_backend(self) -> str | None:
+        """What the last forward of more than 8 new tokens ran on, "triton" or "torch"; None before it."""
+        return self._attend.prefill
+
+    @property
+    def prefill_reason(self) -> str | None:
+        """Why backend="auto" did not take the kernel in that forward, if it did not."""
+        return self._attend.prefill_reason
+
+    @property
     def packed(self) -> dict[int, PackedLayer]:
         """The compressed layers by number."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)}

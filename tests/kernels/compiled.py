@@ -46,7 +46,7 @@ def bytes_of_floats(sass: str) -> int:
     return len(re.findall(r"\bF2IP?\.[SU]8\b", sass))
 
 
-def loops(sass: str) -> list[Counter[str]]:
+def loops(sass: str, products: tuple[str, ...] = ("IMMA",)) -> list[Counter[str]]:
     """Instructions by name of each loop that uses the tensor cores: from a backward branch's target to it."""
     found = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
     bodies = []
@@ -54,7 +54,7 @@ def loops(sass: str) -> list[Counter[str]]:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         if target and int(target[1], 16) < place:
             body = Counter(other for at, other, _ in found if int(target[1], 16) <= at <= place)
-            bodies += [body] if body["IMMA"] else []
+            bodies += [body] if any(body[name] for name in products) else []
     return bodies
 
 

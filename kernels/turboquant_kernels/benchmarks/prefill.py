@@ -44,11 +44,10 @@ TOLERANCE = 1e-3  # of sum p |v|
 HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 128
 SHAPES = ((2048, 32768), (512, 32768), (64, 32768), (2048, 8192), (2048, 131072))
 SWEEP = tuple(
-    Settings(rows, blocks, 32, warps, registers, programs, shared)
-    for rows, blocks, warps, registers, programs, shared in (
-        (128, 2, 8, 255, 1, True), (128, 2, 8, 255, 1, False), (128, 2, 8, 128, 2, True),
-        (64, 2, 4, 168, 3, True), (64, 2, 4, 255, 2, True), (128, 4, 8, 255, 1, True),
-        (64, 2, 8, 128, 2, True),
+    Settings(rows, blocks, 32, warps, registers, programs, ahead=ahead)
+    for rows, blocks, warps, registers, programs, ahead in (
+        (128, 2, 8, 128, 2, True), (128, 2, 8, 128, 2, False), (128, 2, 8, 255, 1, False),
+        (128, 4, 8, 255, 1, False), (64, 2, 4, 168, 3, False), (64, 4, 4, 255, 2, False),
     )
 )  # fmt: skip
 
@@ -241,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines.append(head + "  WRONG, not timed")
             print(lines[-1], flush=True)
             continue
-        tried = SWEEP if chosen.sweep and case.new >= 512 and case.prefix == 32768 else ()
+        tried = SWEEP if chosen.sweep and case.new >= 512 and case.prefix == 32768 and case.bits == 4 else ()
         del layer
         found = measure(case, tried)
         middle = {name: median(times) for name, times in found.items()}

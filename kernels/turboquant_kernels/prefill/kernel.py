@@ -322,6 +322,7 @@ def attend_prefix(
     cap,
     KEYS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS query rows of one head over what a `packed_kv.Reading` lets them read.
 
@@ -461,41 +462,31 @@ def attend_prefix(
         key_tables = _tables(table_ptr, 0, BLOCKS * UNITS)
         value_tables = _tables(table_ptr, 2, BLOCKS * UNITS)
         last = blocks - 1
-        keys = _load(
-            key_words, other_key_words, key_norms, other_key_norms, first_full, last, KEYS, BLOCKS, False
-        )
-        values = _load(
-            value_words,
-            other_value_words,
-            value_norms,
-            other_value_norms,
-            first_full,
-            last,
-            VALUES,
-            BLOCKS,
-            True,
-        )
-        # One stage: words go to registers, while the step before computes.
+        if AHEAD:
+            keys = _load(
+                key_words, other_key_words, key_norms, other_key_norms, first_full, last, KEYS, BLOCKS, False
+            )
+            values = _load(value_words, other_value_words, value_norms, other_value_norms, first_full, last, VALUES,
+                           BLOCKS, True)  # fmt: skip
+        # One stage: words go to registers, if AHEAD while the step before computes.
         for step in tl.range(first_full, end_full, num_stages=1):
-            next_step = tl.minimum(step + 1, end_full - 1)
-            next_keys = _load(
-                key_words, other_key_words, key_norms, other_key_norms, next_step, last, KEYS, BLOCKS, False
-            )
-            next_values = _load(
-                value_words,
-                other_value_words,
-                value_norms,
-                other_value_norms,
-                next_step,
-                last,
-                VALUES,
-                BLOCKS,
-                True,
-            )
+            if AHEAD:
+                next_step = tl.minimum(step + 1, end_full - 1)
+                next_keys = _load(key_words, other_key_words, key_norms, other_key_norms, next_step, last, KEYS,
+                                  BLOCKS, False)  # fmt: skip
+                next_values = _load(value_words, other_value_words, value_norms, other_value_norms, next_step,
+                                    last, VALUES, BLOCKS, True)  # fmt: skip
+            else:
+                keys = _load(
+                    key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS, BLOCKS, False
+                )
+                values = _load(value_words, other_value_words, value_norms, other_value_norms, step, last, VALUES,
+                               BLOCKS, True)  # fmt: skip
             state, out = _fold_codes(state, out, q, factor, cap, keys, values, key_tables, value_tables,
                                      key_scale, value_scale, step, begin, limit, KEYS, VALUES, BLOCKS, False,
                                      SOFTCAP, ASM)  # fmt: skip
-            keys, values = next_keys, next_values
+            if AHEAD:
+                keys, values = next_keys, next_values
 
         # The few steps at either end whose tokens are not all visible.
         leading = first_full - from_step

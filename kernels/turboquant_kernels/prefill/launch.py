@@ -34,6 +34,7 @@ class Settings:
         registers: Registers a thread may use.
         programs: Programs a multiprocessor should run at once.
         shared: Whether rotated queries lie in shared memory, or in registers.
+        ahead: Whether a step's codes are loaded while the one before is computed.
     """
 
     rows: int
@@ -42,7 +43,8 @@ class Settings:
     warps: int
     registers: int
     programs: int
-    shared: bool = False
+    shared: bool = True
+    ahead: bool = True
 
 
 def settings_for(head_dim: int) -> Settings:
@@ -121,7 +123,7 @@ def attend(
         *_eighths(out), _head_stride(key_turn), _head_stride(value_turn), scale * _LOG2_E, keys.units[0],
         values.units[0], (softcap or 0.0) * _LOG2_E, KEYS=_runs(keys), VALUES=_runs(values), ROWS=how.rows,
         BLOCKS=how.blocks, RAW=how.raw, SOFTCAP=softcap is not None, PRECISION="tf32x3", ASM=assembly,
-        SHARED=how.shared, num_warps=how.warps, maxnreg=how.registers,
+        SHARED=how.shared, AHEAD=how.ahead, num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     if sums is None:
         return out
