@@ -365,7 +365,7 @@ def test_a_sketch_of_keys_alone_is_read(side, monkeypatch) -> None:
 @pytest.mark.parametrize("fault", ["constant", "length"])
 def test_a_wrong_sketch_is_seen(fault, monkeypatch) -> None:
     """With twice the sketch's constant, or lengths that do not count in units of the norm."""
-    right = step._codes
+    right = step.codes
 
     def wrong(half):
         found = right(half)
@@ -375,7 +375,7 @@ def test_a_wrong_sketch_is_seen(fault, monkeypatch) -> None:
             return replace(found, units=(found.units[0], found.units[1] / 2))
         return replace(found, relative=False)
 
-    monkeypatch.setattr(step, "_codes", wrong)
+    monkeypatch.setattr(step, "codes", wrong)
     codes = (((D, 3),), ((D, 4),)), "prod"
     with pytest.raises(AssertionError):
         check("gluon", [1, 2], 150, 5, 0, (0, 0), 0, False, "codes", None, codes)
