@@ -44,6 +44,7 @@ DIMS = (64, 96, 128, 256)
 MANY_DIMS = (64, 128, 256)
 MOST_QUERIES = 8
 _MASK_ROWS = 256
+_FLOAT32_MEMORY = {64: 81920, 128: 180224, 256: 229376}  # of a program in `prefill`, on any device
 _RAW_ROWS = 16
 _TURNED = 4  # rows that a program rotates
 _RAW_TILE = 16 << 10  # bytes of raw keys at a time: more would not fit registers
@@ -123,6 +124,14 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
                 f"{half.side}s must have {dims} channels, in one part or split in two of widths that are "
                 f"multiples of 32, of 1, 2, 3 or 4 bits each, {sketch}, not (channels, bits) "
                 f"{half.codec.runs} with {half.codec.scales} norms"
+            )
+    if many and query.dtype == torch.float32:
+        needed = _FLOAT32_MEMORY[query.shape[-1]]
+        there = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
+        if there < needed:
+            return (
+                f"float32 of {query.shape[-1]} channels takes {needed} bytes of shared memory, and there are "
+                f"{there} (bfloat16 and float16 take less)"
             )
     return None
 
