@@ -100,6 +100,7 @@ OPERATIONS = {
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, b: a >> b,
+    "dp2a.lo.u32.u32": lambda a, b, c: ((a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255) + c) & MASK,
     "shl.b32": lambda a, b: (a << b) & MASK,
     "prmt.b32": prmt,
     "lop3.b32": lop3,

@@ -98,7 +98,7 @@ class Program:
                     at = self.labels[rest.strip()] if mask.all() else at
                 elif operation.startswith("bar."):
                     self.barriers += 1
-                elif not operation.startswith("griddepcontrol"):
+                elif not operation.startswith(("griddepcontrol", "pmevent")):
                     kinds = operation.split(".")
                     getattr(self, f"do_{kinds[0]}")(kinds, OPERAND.findall(rest), mask)
 
@@ -303,6 +303,11 @@ class Program:
         a, b = (self.number(x, of).astype(I64) for x in operands[1:3])
         value = a * b + self.number(operands[3], to).astype(I64)
         self.put(operands[0], value if to[1:] == "64" else value.astype(U64).astype(U32))
+
+    def do_dp2a(self, kinds: list[str], operands: list[str], mask: Array) -> None:
+        a, b, c = (self.number(x, "u32") for x in operands[1:4])
+        low, high = b & U32(255), b >> U32(8) & U32(255)
+        self.put(operands[0], (a & U32(0xFFFF)) * low + (a >> U32(16)) * high + c)
 
     def do_rem(self, kinds: list[str], operands: list[str], mask: Array) -> None:
         self.put(operands[0], np.fmod(*(self.number(x, kinds[1]) for x in operands[1:3])))

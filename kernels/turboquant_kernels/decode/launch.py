@@ -71,6 +71,8 @@ def settings_for(
     bits = max(key_bits, value_bits)
     # Few blocks are one step of every program: then half the programs have half the overhead.
     short = blocks <= _FEW_BLOCKS
+    # The Gluon kernel then loads a step's words early (`sm90`), which takes registers.
+    early = kernel == "gluon" and head_dim <= 128 and not sketched
     if head_dim == 256:
         # 16 rows do not fit the registers: they are read twice, 8 at a time.
         queries = min(queries, 8)
@@ -78,14 +80,14 @@ def settings_for(
         if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
             registers = 128
     elif queries == 4:
-        subs = 2 if short or bits < 4 else 1
+        subs = 2 if short or bits <= 2 or (bits < 4 and not early) else 1
         if kernel == "triton" and bits % 1:
             subs = 1  # two blocks of two runs do not fit the registers on every device
         elif kernel == "triton" and sketched:
             subs = 2  # with one, the compiler for 8.0 spills
-        registers = 160 if short and bits > 2 else 128
+        registers = 168 if short and bits > 2 else 128
     elif queries == 8:
-        subs, registers = (1, 160) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
+        subs, registers = (1, 168) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
     elif head_dim == 128 and (short or bits % 1):
         # Reading twice, from the second level cache the second time, costs less than so many rows at once.
         queries, subs, registers = 8, 1, 160

@@ -85,6 +85,9 @@ _UNPACK = gl.constexpr(
 )
 _WAIT = gl.constexpr("griddepcontrol.wait; mov.u32 $0, 0;")
 _LAUNCH_DEPENDENTS = gl.constexpr("griddepcontrol.launch_dependents; mov.u32 $0, 0;")
+# An event for profilers that nobody counts. The compiler moves nothing across it: not the loads above it down
+# to their first use either, where it would put them for want of registers and they would be waited for.
+_LOADS_FIRST = gl.constexpr("pmevent 1; mov.u32 $0, 0;")
 
 
 @gluon.constexpr_function
@@ -130,6 +133,13 @@ def _norm_layout(warps: int) -> Any:
 
 
 @gluon.constexpr_function
+def _merge_layout(warps: int, queries: int, units: int) -> Any:
+    """[warp, 32 rows, query row, unit]: a thread has all warps' elements, a warp neighbouring rows."""
+    each = max(1, queries // warps)
+    return gl.BlockedLayout([warps, 1, each, units], [1, 32, 1, 1], [1, 1, warps, 1], [1, 3, 2, 0])
+
+
+@gluon.constexpr_function
 def _word_layout(warps: int, words: int) -> Any:
     return gl.BlockedLayout([1, words], [1, 32], [warps, 1], [1, 0])
 
@@ -151,8 +161,9 @@ def _pointers(base, step, sub: gl.constexpr, last, block_size, AT: gl.constexpr,
     block = (step * SUBS + sub) * WARPS + gl.arange(0, WARPS, layout=gl.SliceLayout(1, LAYOUT))
     if CLAMP:
         block = gl.minimum(block, last)
-    inside = AT + gl.arange(0, SIZE, layout=gl.SliceLayout(0, LAYOUT))
-    return base + (gl.expand_dims(block * block_size, 1) + gl.expand_dims(inside, 0))
+    inside = gl.arange(0, SIZE, layout=gl.SliceLayout(0, LAYOUT))
+    # AT comes last: so it is part of the load instruction, and a block has one address.
+    return base + (gl.expand_dims(block * block_size, 1) + gl.expand_dims(inside, 0)) + AT
 
 
 @gluon.jit
@@ -338,9 +349,26 @@ def _probability_operand(p, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _score_phase(words, norms, query, halves, scales, tables, step, start, limit, softcap,
-                 KEYS: gl.constexpr, VALUES: gl.constexpr, QUERIES: gl.constexpr, SUBS: gl.constexpr,
-                 WARPS: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
+def _key_products(words, query, halves, tables, KEYS: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr):
+    """Keys times queries of a step: of each block, a product for each norm."""
+    products = ()
+    for sub in gl.static_range(SUBS):
+        keys = _unpack(words[sub], tables, KEYS, WARPS)
+        parts = ()
+        for norm in gl.static_range(norms_of(KEYS)):
+            product = halves[norm]
+            for unit in gl.static_range(all_units(KEYS)):
+                if norm_of(KEYS, unit) == norm:
+                    product = mma_v2(keys[unit], query[unit], product)
+            parts = parts + (product,)
+        products = products + (parts,)
+    return products
+
+
+@gluon.jit
+def _scores(products, norms, scales, step, start, limit, softcap, KEYS: gl.constexpr, VALUES: gl.constexpr,
+            QUERIES: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr, MASK: gl.constexpr,
+            SOFTCAP: gl.constexpr):  # fmt: skip
     """Scores of a step, and for each query row the largest log2(p |v|) among them.
 
     With a softcap or two norms the scores are in units of log2, without they lack their scale."""
@@ -350,19 +378,14 @@ def _score_phase(words, norms, query, halves, scales, tables, step, start, limit
     scores = ()
     peak = gl.full([WARPS, QUERIES], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ROWS))
     for sub in gl.static_range(SUBS):
-        keys = _unpack(words[sub], tables, KEYS, WARPS)
         parts = ()
         for norm in gl.static_range(NORMS):
-            product = halves[norm]
-            for unit in gl.static_range(all_units(KEYS)):
-                if norm_of(KEYS, unit) == norm:
-                    product = mma_v2(keys[unit], query[unit], product)
             factor = gl.expand_dims(_by_row(norms[sub][0][norm], QUERIES, WARPS), 2)
             if is_relative(KEYS, norm):
                 factor = factor * gl.expand_dims(_by_row(norms[sub][0][0], QUERIES, WARPS), 2)
             if SCALED:
                 factor = factor * gl.expand_dims(scales[norm], 1)
-            parts = parts + (_whole(product, QUERIES, WARPS) * factor,)
+            parts = parts + (_whole(products[sub][norm], QUERIES, WARPS) * factor,)
         score = parts[0]
         if NORMS == 2:
             score = score + parts[1]
@@ -499,6 +522,11 @@ def attend_splits(
     UNITS: gl.constexpr = all_units(KEYS)
     SCALED: gl.constexpr = SOFTCAP or norms_of(KEYS) == 2
     STEP: gl.constexpr = 32 * SUBS * WARPS
+    # Words of a step wait in registers: of wider heads, more rows, or more bits of 8 rows they leave too few.
+    FEW: gl.constexpr = (
+        count_of(KEYS) + count_of(VALUES) == 2 and bits_of(KEYS, 0) <= 2 and bits_of(VALUES, 0) <= 2
+    )
+    EARLY: gl.constexpr = UNITS <= 4 and (QUERIES == 4 or (QUERIES == 8 and FEW))
     split = gl.program_id(0)
     head = gl.program_id(1)
     first_row = gl.program_id(2) * QUERIES
@@ -552,6 +580,7 @@ def attend_splits(
             _load_norms(key_norms, more_key_norms, first_full, sub, last, KEYS, SUBS, WARPS, True),
             _load_norms(value_norms, more_value_norms, first_full, sub, last, VALUES, SUBS, WARPS, True),
         ),)  # fmt: skip
+    gl.inline_asm_elementwise(_LOADS_FIRST, "=r", [], gl.int32, False, 1)
     TABLE: gl.constexpr = _word_layout(WARPS, 4)
     tables = ()
     for k in gl.static_range(table_loads(KEYS, VALUES)):
@@ -593,9 +622,10 @@ def attend_splits(
             values = values + (
                 _load_block(value_words, more_value_words, step, sub, last, VALUES, SUBS, WARPS, False),
             )
+        if EARLY:
+            gl.inline_asm_elementwise(_LOADS_FIRST, "=r", [], gl.int32, False, 1)
         now = norms
-        scores, peak = _score_phase(keys, now, operands, halves, scales, tables, step, start, limit, softcap,
-                                    KEYS, VALUES, QUERIES, SUBS, WARPS, False, SOFTCAP)  # fmt: skip
+        products = _key_products(keys, operands, halves, tables, KEYS, SUBS, WARPS)
         # Not minimum(step + 1, end_full - 1): some compilers then run short of registers at 3 bits.
         following = gl.minimum(step, end_full - 2) + 1
         keys = ()
@@ -608,6 +638,10 @@ def attend_splits(
                 _load_norms(key_norms, more_key_norms, following, sub, last, KEYS, SUBS, WARPS, False),
                 _load_norms(value_norms, more_value_norms, following, sub, last, VALUES, SUBS, WARPS, False),
             ),)  # fmt: skip
+        if EARLY:
+            gl.inline_asm_elementwise(_LOADS_FIRST, "=r", [], gl.int32, False, 1)
+        scores, peak = _scores(products, now, scales, step, start, limit, softcap, KEYS, VALUES, QUERIES, SUBS,
+                               WARPS, False, SOFTCAP)  # fmt: skip
         state = _output_phase(values, scores, now, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
                               False, SCALED)  # fmt: skip
 
@@ -627,8 +661,9 @@ def attend_splits(
             values = values + (
                 _load_block(value_words, more_value_words, step, sub, last, VALUES, SUBS, WARPS, True),
             )
-        scores, peak = _score_phase(keys, norms, operands, halves, scales, tables, step, start, limit, softcap,
-                                    KEYS, VALUES, QUERIES, SUBS, WARPS, True, SOFTCAP)  # fmt: skip
+        products = _key_products(keys, operands, halves, tables, KEYS, SUBS, WARPS)
+        scores, peak = _scores(products, norms, scales, step, start, limit, softcap, KEYS, VALUES, QUERIES, SUBS,
+                               WARPS, True, SOFTCAP)  # fmt: skip
         state = _output_phase(values, scores, norms, peak, state, scales[0], tables, VALUES, QUERIES, SUBS, WARPS,
                               True, SCALED)  # fmt: skip
 
@@ -638,6 +673,26 @@ def attend_splits(
         state, partial_ptr, sums_ptr, (head * splits + split) * rows + first_row, left, value_ratio, VALUES,
         QUERIES, WARPS,
     )  # fmt: skip
+
+
+@gluon.jit
+def _store_units(parts, at, left, FIRST: gl.constexpr, COUNT: gl.constexpr, UNITS: gl.constexpr,
+                 QUERIES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Sum COUNT units, 1, 2 or 4, over the warps, and write them: one exchange through shared memory."""
+    ALL: gl.constexpr = _merge_layout(WARPS, QUERIES, COUNT)
+    MERGED: gl.constexpr = gl.SliceLayout(0, ALL)
+    joined = parts[FIRST]
+    if COUNT == 2:
+        joined = gl.join(joined, parts[FIRST + 1])
+    elif COUNT == 4:
+        joined = gl.join(gl.join(joined, parts[FIRST + 2]), gl.join(parts[FIRST + 1], parts[FIRST + 3]))
+    merged = gl.sum(gl.convert_layout(gl.reshape(joined, [WARPS, 32, QUERIES, COUNT]), ALL), 0)
+    dim = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(1, gl.SliceLayout(2, MERGED))), 1)
+    query = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(2, MERGED))), 0)
+    unit = gl.expand_dims(gl.arange(0, COUNT, layout=gl.SliceLayout(0, gl.SliceLayout(0, MERGED))), 0)
+    place = gl.expand_dims(query * (32 * UNITS) + dim, 2) + gl.expand_dims(32 * (FIRST + unit), 0)
+    inside = gl.expand_dims(query, 2) < left + gl.zeros([32, QUERIES, COUNT], gl.int32, layout=MERGED)
+    gl.store(at + place, merged, mask=inside)
 
 
 @gluon.jit
@@ -656,17 +711,20 @@ def _store_split(state, partial_ptr, sums_ptr, row, left, ratio, VALUES: gl.cons
     for norm in gl.static_range(norms_of(VALUES)):
         half = gl.convert_layout(0.5 * gl.sum(lengths[norm], 1), gl.SliceLayout(1, ROWS), assert_trivial=True)
         halves = halves + (half,)
-    MERGED: gl.constexpr = gl.SliceLayout(0, ROWS)
-    dim = gl.arange(0, 32, layout=gl.SliceLayout(1, MERGED))
-    query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, MERGED))
-    at = gl.expand_dims((row + query) * (32 * UNITS), 0) + gl.expand_dims(dim, 1)
-    inside = gl.expand_dims(query, 0) < left + gl.zeros([32, QUERIES], gl.int32, layout=MERGED)
+    scaled = ()
     for unit in gl.static_range(UNITS):
         half = gl.expand_dims(halves[norm_of(VALUES, unit)], 1)
-        merged = gl.sum((outputs[unit] + half) * gl.expand_dims(share, 1), 0)
+        part = (outputs[unit] + half) * gl.expand_dims(share, 1)
         if run_of(VALUES, unit) == 1:
-            merged = merged * ratio
-        gl.store(partial_ptr + at + 32 * unit, merged, mask=inside)
+            part = part * ratio
+        scaled = scaled + (part,)
+    at = partial_ptr + row * (32 * UNITS)
+    for four in gl.static_range(UNITS // 4):
+        _store_units(scaled, at, left, 4 * four, 4, UNITS, QUERIES, WARPS)
+    if UNITS % 4 >= 2:
+        _store_units(scaled, at, left, UNITS // 4 * 4, 2, UNITS, QUERIES, WARPS)
+    if UNITS % 2 == 1:
+        _store_units(scaled, at, left, UNITS - 1, 1, UNITS, QUERIES, WARPS)
     query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, ROWS)))
     gl.store(sums_ptr + 2 * (row + query), top, mask=query < left)
     query = gl.arange(0, QUERIES, layout=gl.SliceLayout(0, gl.SliceLayout(1, LANES)))

@@ -153,6 +153,9 @@ def _word_operands(words: int) -> tuple[list[int], int]:
     return operands, load
 
 
+_HIGH_HALF = "dp2a.lo.u32.u32 m, m, 0x0100, 0;"  # 0 times the low half of m, plus 1 times the high one
+
+
 def _four(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
     lines = []
     for k in range(4):
@@ -161,7 +164,7 @@ def _four(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
             f"prmt.b32 n, {low}, {high}, m;",
             f"prmt.b32 s, {word[k]}, {word[k]}, 0xba98;",  # each byte's sign, eight times
             f"xor.b32 {quad[2 * k]}, n, s;",
-            "shr.u32 m, m, 16;",
+            _HIGH_HALF,
             f"prmt.b32 n, {low}, {high}, m;",
             f"shl.b32 q, {word[k]}, 4;",
             "prmt.b32 s, q, q, 0xba98;",
@@ -176,7 +179,7 @@ def _three(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
         lines += [
             f"and.b32 m, {word[k]}, 0x77777777;",
             f"prmt.b32 {quad[2 * k]}, {low}, {high}, m;",
-            "shr.u32 m, m, 16;",
+            _HIGH_HALF,
             f"prmt.b32 {quad[2 * k + 1]}, {low}, {high}, m;",
         ]
     return [
@@ -188,7 +191,7 @@ def _three(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
         f"shr.u32 n, {word[2]}, 1;",
         "lop3.b32 m, n, 0x44444444, m, 0xea;",
         f"prmt.b32 {quad[6]}, {low}, {high}, m;",
-        "shr.u32 m, m, 16;",
+        _HIGH_HALF,
         f"prmt.b32 {quad[7]}, {low}, {high}, m;",
     ]
 
@@ -215,7 +218,7 @@ def _one(word: list[str], quad: list[str], low: str, high: str) -> list[str]:
 
 
 def _pair(quad: list[str], low: str) -> list[str]:
-    return [f"prmt.b32 {quad[0]}, {low}, 0, m;", "shr.u32 m, m, 16;", f"prmt.b32 {quad[1]}, {low}, 0, m;"]
+    return [f"prmt.b32 {quad[0]}, {low}, 0, m;", _HIGH_HALF, f"prmt.b32 {quad[1]}, {low}, 0, m;"]
 
 
 def kernel_runs(keys: Codes, values: Codes) -> tuple[Runs, Runs, Tables]:
