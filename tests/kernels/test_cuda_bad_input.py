@@ -164,7 +164,9 @@ class TestStep:
         found = choose(backend)(normal(2, 8, 1, 128).to(DEVICE, torch.bfloat16), reading, scale=0.1)
         spoiled = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
         spoiled[1, :4] = True
-        assert found[spoiled].isnan().all()
+        # Of a value in two parts with a norm each, the channels of one.
+        assert found[spoiled].isnan().any(dim=-1).all()
+        assert form == "3.5" or found[spoiled].isnan().all()
         assert found[~spoiled].isfinite().all()
 
 
@@ -184,7 +186,7 @@ def test_a_norm_that_fp16_cannot_hold(side, kernel, form) -> None:
     expected = attend(query, reading, scale=0.1, mask=without)
     spoiled = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
     spoiled[1, :4] = True
-    assert attend(query, reading, scale=0.1)[spoiled].isnan().all()
+    assert attend(query, reading, scale=0.1)[spoiled].isnan().any(dim=-1).all()
     assert found[~spoiled].isfinite().all()
     lost = found[spoiled].isfinite().all(dim=-1)
     assert not lost.any() or side == "keys"
