@@ -126,11 +126,12 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
                 f"{half.codec.runs} with {half.codec.scales} norms"
             )
     if many and query.dtype == torch.float32:
-        needed = _FLOAT32_MEMORY[query.shape[-1]]
-        there = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-        if there < needed:
+        size = _FLOAT32_MEMORY[query.shape[-1]]
+        properties = torch.cuda.get_device_properties(query.device)
+        there: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if there < size:
             return (
-                f"float32 of {query.shape[-1]} channels takes {needed} bytes of shared memory, and there are "
+                f"float32 of {query.shape[-1]} channels takes {size} bytes of shared memory, and there are "
                 f"{there} (bfloat16 and float16 take less)"
             )
     return None
