@@ -47,16 +47,22 @@ class Settings:
     ahead: bool = True
 
 
-def settings_for(head_dim: int) -> Settings:
+def settings_for(head_dim: int, crowded: bool = False) -> Settings:
     """Settings measured to be good on an H100 or H200.
 
     Args:
         head_dim: 64, 128 or 256.
+        crowded: Whether there are more tiles of 128 query rows than multiprocessors.
+
+    Returns:
+        Two programs a multiprocessor where there are so many, of which one computes while the other waits.
     """
     if head_dim == 64:
         return Settings(128, 4, 32, 8, 255, 1, True)
     if head_dim == 256:
         return Settings(64, 2, 32, 8, 255, 1, True)
+    if crowded:
+        return Settings(128, 2, 32, 8, 128, 2, ahead=False)
     return Settings(128, 2, 32, 8, 255, 1, True)
 
 
@@ -90,13 +96,14 @@ def attend(
     rows = query_heads // heads * count
     if query.stride(-1) != 1 or any(stride % 8 for stride in query.stride()[:3]) or query.data_ptr() % 16:
         query = query.contiguous()
-    how = settings or settings_for(dim)
+    processors = 1 << 30 if splits else torch.cuda.get_device_properties(query.device).multi_processor_count
+    how = settings or settings_for(dim, batch * heads * -(-rows // 128) > processors)
     tiles = -(-rows // how.rows)
     keys, values = codes(reading.keys), codes(reading.values)
     # Before there are codes, outlier channels may not be chosen yet.
     blocks = keys.words[0].shape[2] if reading.coded_end > 0 else 0
     if splits is None:
-        places = torch.cuda.get_device_properties(query.device).multi_processor_count * how.programs
+        places = processors * how.programs
         steps = max(1, -(-blocks // (_STEPS_AT_LEAST * how.blocks)))
         splits = max(1, min(places // (tiles * batch * heads), steps))
     out = torch.empty(batch, count, query_heads, dim, dtype=query.dtype, device=query.device).transpose(1, 2)
