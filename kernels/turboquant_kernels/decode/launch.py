@@ -71,6 +71,7 @@ def settings_for(
     bits = max(key_bits, value_bits)
     # Few blocks are one step of every program: then half the programs have half the overhead.
     short = blocks <= _FEW_BLOCKS
+    warps = 4
     # The Gluon kernel then loads a step's words early (`sm90`), which takes registers.
     early = kernel == "gluon" and head_dim <= 128 and not sketched
     if head_dim == 256:
@@ -80,14 +81,18 @@ def settings_for(
         if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
             registers = 128
     elif queries == 4:
-        subs = 2 if short or bits <= 2 or (bits < 4 and not early) else 1
+        subs = 2 if short or bits <= 3 or (bits < 4 and not early) else 1
         if kernel == "triton" and bits % 1:
             subs = 1  # two blocks of two runs do not fit the registers on every device
         elif kernel == "triton" and sketched:
             subs = 2  # with one, the compiler for 8.0 spills
-        registers = 168 if short and bits > 2 else 128
+        registers = 168 if bits > 2 and subs == 2 and (short or early) else 128
+        if early and not short and registers == 128:
+            warps = 8  # half as many programs to begin, to end and to combine
     elif queries == 8:
         subs, registers = (1, 168) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
+        if early and bits in (3, 4):
+            subs, registers = 2, 255
     elif head_dim == 128 and (short or bits % 1):
         # Reading twice, from the second level cache the second time, costs less than so many rows at once.
         queries, subs, registers = 8, 1, 160
@@ -99,7 +104,7 @@ def settings_for(
     if kernel == "triton":
         # The most with which three programs fit a multiprocessor, or two.
         registers = max(registers, 224 if sketched and head_dim == 256 else 168)
-    return Settings(queries, subs, 4, registers, 65536 // (128 * (-(-registers // 8) * 8)))
+    return Settings(queries, subs, warps, registers, 65536 // (32 * warps * (-(-registers // 8) * 8)))
 
 
 def attend_codes(

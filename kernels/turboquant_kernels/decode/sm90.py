@@ -522,11 +522,9 @@ def attend_splits(
     UNITS: gl.constexpr = all_units(KEYS)
     SCALED: gl.constexpr = SOFTCAP or norms_of(KEYS) == 2
     STEP: gl.constexpr = 32 * SUBS * WARPS
-    # Words of a step wait in registers: of wider heads, more rows, or more bits of 8 rows they leave too few.
-    FEW: gl.constexpr = (
-        count_of(KEYS) + count_of(VALUES) == 2 and bits_of(KEYS, 0) <= 2 and bits_of(VALUES, 0) <= 2
-    )
-    EARLY: gl.constexpr = UNITS <= 4 and (QUERIES == 4 or (QUERIES == 8 and FEW))
+    # Words of a step wait in registers, of which wider heads, more rows and 8 rows of two runs leave too few.
+    WHOLE: gl.constexpr = count_of(KEYS) == 1 and count_of(VALUES) == 1
+    EARLY: gl.constexpr = UNITS <= 4 and (QUERIES == 4 or (QUERIES == 8 and WHOLE))
     split = gl.program_id(0)
     head = gl.program_id(1)
     first_row = gl.program_id(2) * QUERIES
