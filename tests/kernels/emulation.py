@@ -71,7 +71,7 @@ def attend_codes(
     query: Tensor, keys: Codes, values: Codes, *, softmax_scale: float, queries_per_head: int, length: int,
     moving: int = 0, skipped: int = 0, first: Tensor | None = None, softcap: float | None = None,
     subs: int = 1, warps: int = 4, splits: int = 3, headroom: float = 36.0, floor: int = 0,
-    raw: tuple[Tensor, Tensor] | None = None, factors: Tensor | None = None,
+    raw: tuple[Tensor, Tensor] | None = None, apart: Tensor | None = None, factors: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
     """As `turboquant_kernels.decode.launch.attend_codes`."""
@@ -135,15 +135,21 @@ def attend_codes(
         totals.append((total * share).sum(-1))
         references.append(top[..., 0])
     reference = torch.stack(references)
-    top = reference.amax(0) if raw is None else torch.maximum(reference.amax(0), raw[1][..., 0])
+    top = reference.amax(0)
+    if raw is not None:
+        top = torch.maximum(top, raw[1][..., 0].amax(2))
     share = torch.exp2(reference - top)
     total = (torch.stack(totals) * share).sum(0)[..., None]
     if raw is not None:
-        raw_share = torch.exp2(raw[1][..., 0] - top)
-        total = total + (raw[1][..., 1] * raw_share)[..., None]
-        raw[0].mul_(raw_share[..., None]).div_(total.clamp_min(1e-30))
+        raw_share = torch.exp2(raw[1][..., 0] - top[:, :, None])[..., None]
+        total = total + (raw[1][..., 1:] * raw_share).sum(2)
     out = (torch.stack(outs) * share[..., None]).sum(0) * relative(query, values) / values.units[0] / total
     out = torch.where(total == 0, 0.0, out)
     if factors is not None:
-        out = rotate(out, factors, inverse=True) + (0.0 if raw is None else raw[0])
+        out = rotate(out, factors, inverse=True)
+    if raw is not None:
+        x = (raw[0] * raw_share).sum(2) / total.clamp_min(1e-30)
+        out = out + x if apart is None else out
+        if apart is not None:
+            apart.copy_(x)
     return out.to(dtype)

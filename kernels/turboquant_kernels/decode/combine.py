@@ -16,11 +16,12 @@ from turboquant_kernels.hadamard.kernel import hadamard
 __all__ = ["combine_splits"]
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@triton.jit(do_not_specialize=["splits", "parts", "rows"])
 def combine_splits(
-    partial_ptr, sums_ptr, out_ptr, raw_ptr, raw_sums_ptr, factors_ptr, splits, rows, factor,
+    partial_ptr, sums_ptr, out_ptr, raw_ptr, raw_sums_ptr, apart_ptr, factors_ptr, splits, parts, rows,
+    factor,
     DIM: tl.constexpr, LOG: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
-    ROUNDS: tl.constexpr, APART: tl.constexpr, DEPENDENTS: tl.constexpr,
+    PARTS: tl.constexpr, ROUNDS: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query row, for COLUMNS coordinates.
 
@@ -30,10 +31,12 @@ def combine_splits(
         partial_ptr: (heads, splits, rows, DIM) float32.
         sums_ptr: (heads, splits, rows, 2) float32: r_s, l_s.
         out_ptr: (heads, rows, DIM) out; zero where no token was seen.
-        raw_ptr: (heads, rows, DIM) float32, the raw tokens' x; or None.
-        raw_sums_ptr: (heads, rows, 2) float32: their r, l; or None.
+        raw_ptr: (heads, parts, rows, DIM) float32, x of the parts of the raw tokens; or None.
+        raw_sums_ptr: (heads, parts, rows, 2) float32: their r, l; or None.
+        apart_ptr: (heads, rows, DIM) float32 out: the raw tokens' share, then not added to `out`; or None.
         factors_ptr: (ROUNDS, DIM) float32, of the rotation that is undone; or None.
         splits: Splits of a head.
+        parts: Of the raw tokens.
         rows: Query rows of a head.
         factor: Of the result.
         DIM: head_dim.
@@ -41,8 +44,8 @@ def combine_splits(
         COLUMNS: Coordinates a program takes; all of them with `factors_ptr`.
         SPLITS: A power of two, at least `splits`.
         AT_ONCE: Splits read at once, dividing SPLITS.
+        PARTS: A power of two, at least `parts`.
         ROUNDS: Of the rotation.
-        APART: Whether the raw tokens' x is divided in place instead of added.
         DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one, if it asks
             for that, the end of this one.
     """
@@ -63,15 +66,17 @@ def combine_splits(
     sums = tl.load(sums_ptr + 2 * at + 1)
     top = tl.max(references, 0)
     if raw_ptr is not None:
-        raw_reference = tl.load(raw_sums_ptr + 2 * row)
-        raw_total = tl.load(raw_sums_ptr + 2 * row + 1)
-        raw = tl.load(raw_ptr + row.to(tl.int64) * DIM + column)
-        top = tl.maximum(top, raw_reference)
+        part_of = tl.arange(0, PARTS)
+        at = (row // rows).to(tl.int64) * parts * rows + row % rows + tl.minimum(part_of, parts - 1) * rows
+        raw = tl.load(raw_ptr + at[:, None] * DIM + column[None, :])
+        raw_references = tl.load(raw_sums_ptr + 2 * at)
+        raw_sums = tl.load(raw_sums_ptr + 2 * at + 1)
+        top = tl.maximum(top, tl.max(raw_references, 0))
     shares = tl.where(split < splits, tl.exp2(references - top), 0.0)
     total = tl.sum(tl.where(split < splits, sums * shares, 0.0), 0)
     if raw_ptr is not None:
-        raw_share = tl.exp2(raw_reference - top)
-        total += raw_total * raw_share
+        raw_shares = tl.where(part_of < parts, tl.exp2(raw_references - top), 0.0)
+        total += tl.sum(raw_sums * raw_shares, 0)
     if SPLITS == AT_ONCE:
         out = tl.sum(part * shares[:, None], 0)
     else:
@@ -90,9 +95,9 @@ def combine_splits(
         for k in tl.static_range(ROUNDS):
             out = hadamard(out, DIM, LOG) * tl.load(factors_ptr + (ROUNDS - 1 - k) * DIM + column)
     if raw_ptr is not None:
-        raw = tl.where(total == 0.0, 0.0, raw * (raw_share / total))
-        if APART:
-            tl.store(raw_ptr + at, raw)
+        raw = tl.where(total == 0.0, 0.0, tl.sum(raw * raw_shares[:, None], 0) / total)
+        if apart_ptr is not None:
+            tl.store(apart_ptr + at, raw)
         else:
             out += raw
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty))

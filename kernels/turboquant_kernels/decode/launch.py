@@ -123,6 +123,7 @@ def attend_codes(
     first: Tensor | None = None,
     softcap: float | None = None,
     raw: tuple[Tensor, Tensor] | None = None,
+    apart: Tensor | None = None,
     factors: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     kernel: Kernel = "gluon",
@@ -147,8 +148,8 @@ def attend_codes(
         skipped: Tokens after the padding that are not read.
         first: (B,) int64: padding tokens of each row.
         softcap: c of c tanh(s / c).
-        raw: What `raw.attend_raw` found, to share the softmax: its x is divided in place, or, with `factors`,
-            added to the result.
+        raw: What `raw.attend_raw` found, to share the softmax: added to the result.
+        apart: (B, G, rows, D) float32 out: their share, instead of adding it.
         factors: (rounds, D), of the values' Hadamard rotation, to be undone.
         dtype: Of the result.
         kernel: "gluon" (`sm90`) or "triton" (`portable`).
@@ -206,7 +207,7 @@ def attend_codes(
         attend_splits[grid](*found, **constants)
     else:
         attend_splits_plainly[grid](*found, **constants, ASM=assembly)
-    combine(partial, sums, out, 1 / values.units[0], raw, factors, apart=factors is None)
+    combine(partial, sums, out, 1 / values.units[0], raw, apart, factors)
     return out
 
 
@@ -259,8 +260,8 @@ def combine(
     out: Tensor,
     factor: float,
     raw: tuple[Tensor, Tensor] | None = None,
+    apart: Tensor | None = None,
     factors: Tensor | None = None,
-    apart: bool = False,
 ) -> None:
     """Launch `combine_splits`, where the GPU can so that its start overlaps the end of the launch before it.
 
@@ -269,18 +270,23 @@ def combine(
         sums: (B, G, splits, rows, 2) float32.
         out: (B, G, rows, D) out.
         factor: Of the result, but for the raw tokens.
-        raw: x and sums of the raw tokens.
+        raw: x (B, G, parts, rows, D) and sums (B, G, parts, rows, 2) of the raw tokens, to be added.
+        apart: (B, G, rows, D) float32 out: their share, instead of adding it.
         factors: (rounds, D), of a Hadamard rotation to undo.
-        apart: Divide the raw tokens' x in place instead of adding it.
     """
     batch, heads, splits, rows, dim = partial.shape
     dependents = has_dependent_launches(partial.device)
     programs = batch * heads * rows
     columns = dim if factors is not None else 32 if programs <= 256 else math.gcd(dim, 128)
     power = triton.next_power_of_2(splits)
+    raw = raw if raw is not None and raw[0].shape[2] else None
+    if apart is not None and raw is None:
+        apart.zero_()
+    parts = 1 if raw is None else raw[0].shape[2]
     combine_splits[(programs, dim // columns)](
-        partial, sums, out, *(raw or (None, None)), factors, splits, rows, factor, DIM=dim,
+        partial, sums, out, *(raw or (None, None)), apart, factors, splits, parts, rows, factor, DIM=dim,
         LOG=dim.bit_length() - 1, COLUMNS=columns, SPLITS=power, AT_ONCE=min(power, 128, 16384 // columns),
-        ROUNDS=0 if factors is None else factors.shape[0], APART=apart, DEPENDENTS=dependents,
+        PARTS=triton.next_power_of_2(parts), ROUNDS=0 if factors is None else factors.shape[0],
+        DEPENDENTS=dependents,
         num_warps=1 if power <= 8 else 4 if power * columns <= 4096 else 8, launch_pdl=dependents,
     )  # fmt: skip

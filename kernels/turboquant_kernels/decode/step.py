@@ -47,7 +47,8 @@ _MASK_ROWS = 256
 _FLOAT32_MEMORY = {64: 81920, 128: 180224, 256: 229376}  # of a program in `prefill`, on any device
 _RAW_ROWS = 16
 _TURNED = 4  # rows that a program rotates
-_RAW_TILE = 16 << 10  # bytes of raw keys at a time: more would not fit registers
+_RAW_TOKENS = 32  # that a program takes: more programs, each of fewer, are done sooner
+_RAW_TILE = 8 << 10  # bytes of keys that a program takes, at most: more would not fit registers
 _NO_WINDOW = 1 << 30
 _LOG2_E = 1.4426950408889634
 
@@ -168,9 +169,12 @@ def attend(
     known = [number if isinstance(number, Tensor) else None for number in lengths]
     after, start = (0 if isinstance(number, Tensor) else number for number in lengths)
     first = None if reading.first is None else reading.first.contiguous()
-    x, sums, turned = (
-        torch.empty(batch, heads, rows, width, dtype=torch.float32, device=query.device)
-        for width in (dim, 2, dim)
+    width = 1 << (dim - 1).bit_length()
+    tile = min(_RAW_TOKENS, _RAW_TILE // (width * query.element_size()))
+    parts = -(-reading.raw_keys.shape[2] // tile) + -(-reading.sinks // tile)
+    turned, x, sums = (
+        torch.empty(batch, heads, *sizes, dtype=torch.float32, device=query.device)
+        for sizes in ((rows, dim), (parts, rows, dim), (parts, rows, 2))
     )
     coded = reading.coded_end > 0
     forward, back = (_factors(half.codec) if coded else None for half in (reading.keys, reading.values))
@@ -178,36 +182,37 @@ def attend(
         # Before the raw tokens, so that the launch of the codes overlaps theirs.
         with _FullPrecision():
             turned = _turned(grouped.float(), basis(reading.keys.codec))
-    ring, width = reading.held is None, 1 << (dim - 1).bit_length()
+    ring = reading.held is None
     dependents = has_dependent_launches(query.device)
     turning = 0 if forward is None else -(-batch * heads * rows // _TURNED)
-    attend_raw[(batch * heads + turning, -(-rows // _RAW_ROWS))](
+    attend_raw[(batch * heads * parts + turning, -(-rows // _RAW_ROWS))](
         grouped, reading.raw_keys.contiguous(), reading.raw_values.contiguous(), reading.keys.sinks,
-        reading.values.sinks, first, *known, forward, turned, x, sums, batch * heads, heads, rows, count,
-        reading.raw_keys.shape[2], after, start,
+        reading.values.sinks, first, *known, forward, turned, x, sums, batch * heads, parts, heads, rows,
+        count, reading.raw_keys.shape[2], after, start,
         reading.window if reading.rule == "codes" and not ring else _NO_WINDOW, reading.sinks,
         scale * _LOG2_E, (softcap or 0.0) * _LOG2_E, RING=ring, SOFTCAP=softcap is not None, ROWS=_RAW_ROWS,
-        DIM=dim, WIDTH=width, TILE=min(64, _RAW_TILE // (width * query.element_size())), TURNED=_TURNED,
-        LOG=dim.bit_length() - 1, ROUNDS=0 if forward is None else forward.shape[0], DEPENDENTS=dependents,
-        launch_pdl=dependents,
+        DIM=dim, WIDTH=width, TILE=tile, TURNED=_TURNED, LOG=dim.bit_length() - 1,
+        ROUNDS=0 if forward is None else forward.shape[0], DEPENDENTS=dependents, launch_pdl=dependents,
     )  # fmt: skip
     if not coded:
         out = torch.empty_like(grouped)
-        combine(x[:, :, None], sums[:, :, None], out, 1.0)
+        combine(x, sums, out, 1.0)
         return out.view(query.shape)
     # Under "codes", query i reads codes below before + i + 1 - window, and at least those without a raw copy;
     # under "raw" just these.
     moving = reading.rule == "codes"
+    apart = torch.empty_like(grouped, dtype=torch.float32) if back is None else None
     found = attend_codes(
         turned, codes(reading.keys), codes(reading.values), softmax_scale=scale, queries_per_head=count,
         length=after - count + 1 - reading.window if moving else 0,
         length_tensor=known[0] if moving else None, moving=int(moving), floor=start, floor_tensor=known[1],
-        skipped=reading.sinks, first=first, softcap=softcap, raw=(x, sums), factors=back,
+        skipped=reading.sinks, first=first, softcap=softcap, raw=(x, sums), apart=apart,
+        factors=back,
         dtype=torch.float32 if back is None else query.dtype, kernel=kernel,
     )  # fmt: skip
-    if back is None:
+    if apart is not None:
         with _FullPrecision():
-            found = _add_turned_back(x, found, basis(reading.values.codec)).to(query.dtype)
+            found = _add_turned_back(apart, found, basis(reading.values.codec)).to(query.dtype)
     return found.view(query.shape)
 
 

@@ -103,20 +103,41 @@ def _load_run(
 @triton.jit
 def _append(
     head, recent_ptr, new_ptr, channel_ptr, words_ptr, more_words_ptr, norms_ptr, factors_ptr,
-    thresholds_ptr, more_thresholds_ptr, sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks,
-    blocks,
+    thresholds_ptr, more_thresholds_ptr, sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr,
+    before, encoded, lowest, window, sinks, blocks, heads, capacity,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
     FIRST_UNITS: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr,
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """As `append_token`, for the channels of one half that share a norm."""
     SIZE: tl.constexpr = WIDTH if M == 1 else WIDTH // M * 16
+    place = tl.arange(0, SIZE)
+    held = place < WIDTH
+    # All that never changes is asked for first: later, each would be waited for where it is needed.
+    factors = ()
+    for k in tl.static_range(ROUNDS):
+        factors = factors + (tl.load(factors_ptr + k * WIDTH + place, mask=held, other=0.0),)
+    thresholds = ()
+    for k in tl.static_range((1 << BITS) - 1):
+        thresholds = thresholds + (tl.load(thresholds_ptr + k),)
+    more_thresholds = ()
+    if OTHER_BITS > 0:
+        for k in tl.static_range((1 << OTHER_BITS) - 1):
+            more_thresholds = more_thresholds + (tl.load(more_thresholds_ptr + k),)
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if before_ptr is not None:
+        before = tl.load(before_ptr).to(tl.int32)
+    if encoded_ptr is not None:
+        encoded = tl.load(encoded_ptr).to(tl.int32)
+    sink = before
+    if first_ptr is not None:
+        sink -= tl.load(first_ptr + head // heads).to(tl.int32)
     token = before - window
     do = (token >= encoded) & (token >= lowest) & (token >= 0) & (token < blocks * 32)
     token = tl.where(do, token, 0)
     block, inside = head * blocks + token // 32, token % 32
-    place = tl.arange(0, SIZE)
-    held = place < WIDTH
     channel = place
     if channel_ptr is not None:
         channel = tl.load(channel_ptr + place, mask=held, other=0).to(tl.int32)
@@ -133,11 +154,20 @@ def _append(
         more_words_ptr += block * (OTHERS * 32 * OTHER_BITS)
         more_words = _load_run(more_words_ptr, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE, VALUES)
 
+    if ticket_ptr is not None:
+        tl.device_assert(before < capacity, "the capacity is exceeded")
+        # The last to arrive knows that all have read the lengths. No fence is needed for that: what is added
+        # depends on what was read, and nothing else is.
+        arrived = tl.atomic_add(ticket_ptr, tl.where((before >= 0) & (encoded >= 0), 1, 0), sem="relaxed")
+        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(ticket_ptr, 0)
+            tl.store(before_ptr, (before + 1).to(tl.int64))
+            tl.store(encoded_ptr, tl.maximum(encoded, before + 1 - window).to(tl.int64))
+
     total = _sum_of_squares(x, row_ptr, channel_ptr, WIDTH, M, LOG)
     norm = tl.sqrt_rn(total)
     for k in tl.static_range(ROUNDS):
-        x = x * tl.load(factors_ptr + k * WIDTH + place, mask=held, other=0.0)
-        x = hadamard(x, SIZE, LOG)
+        x = hadamard(x * factors[k], SIZE, LOG)
         if M > 1:
             x = _mixed(x, signs_ptr, M, SIZE)
     root = tl.sqrt_rn(tl.full([1], WIDTH, tl.float32))
@@ -148,24 +178,24 @@ def _append(
     kept = place < tl.where((sink >= 0) & (sink < sinks), WIDTH, 0)
     tl.store(sinks_ptr + (head * sinks + sink) * CHANNELS + channel, new_row, mask=kept)
     tl.store(norms_ptr + head * blocks * 32 + token, norm.to(tl.float16), mask=do)
-    _store_run(z, words_ptr, words, thresholds_ptr, inside, do, 0, UNITS, BITS, SIZE, VALUES)
+    _store_run(z, words_ptr, words, thresholds, inside, do, 0, UNITS, BITS, SIZE, VALUES)
     if OTHER_BITS > 0:
         _store_run(
-            z, more_words_ptr, more_words, more_thresholds_ptr, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE,
+            z, more_words_ptr, more_words, more_thresholds, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE,
             VALUES,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_run(
-    z, base, words, thresholds_ptr, place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr,
+    z, base, words, thresholds, place, do, FIRST: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr,
     DIM: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Codes of units FIRST .. FIRST + COUNT - 1 of z, for token `place` of the block with words at base."""
     unit, lane, held = _place_of_codes(place, do, FIRST, COUNT, DIM, VALUES)
     code = tl.zeros([DIM], tl.int32)
     for k in tl.static_range((1 << BITS) - 1):
-        code += (tl.load(thresholds_ptr + k) <= z).to(tl.int32)
+        code += (thresholds[k] <= z).to(tl.int32)
     if BITS == 4:
         negative = 1 - (code >> 3)
         code = (code & 7) ^ (7 * negative)
@@ -281,24 +311,7 @@ def append_token(
         DEPENDENTS: Whether this launch overlaps the end of the one before it, and the next one, if it asks
             for that, this one.
     """
-    if DEPENDENTS:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
-    if before_ptr is not None:
-        before = tl.load(before_ptr).to(tl.int32)
-    if encoded_ptr is not None:
-        encoded = tl.load(encoded_ptr).to(tl.int32)
-    sink = before
-    if first_ptr is not None:
-        sink -= tl.load(first_ptr + head // heads).to(tl.int32)
-    if ticket_ptr is not None:
-        tl.device_assert(before < capacity, "the capacity is exceeded")
-        # The last to arrive knows that all have read the lengths.
-        if tl.atomic_add(ticket_ptr, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
-            tl.store(ticket_ptr, 0)
-            tl.store(before_ptr, (before + 1).to(tl.int64))
-            tl.store(encoded_ptr, tl.maximum(encoded, before + 1 - window).to(tl.int64))
     part = tl.program_id(1)
     channels = head % heads * DIM
     for i in tl.static_range(len(KEYS)):
@@ -309,8 +322,9 @@ def append_token(
                 more_key_words_ptr if i else key_words_ptr, more_key_words_ptr,
                 more_key_norms_ptr if i else key_norms_ptr, more_key_factors_ptr if i else key_factors_ptr,
                 more_key_thresholds_ptr if i else key_thresholds_ptr, more_key_thresholds_ptr,
-                key_sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks, blocks, DIM,
-                KEYS[i][0], KEYS[i][1], KEYS[i][2], KEYS[i][3], KEYS[i][4], KEYS[i][5], KEYS[i][6], False,
+                key_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, before, encoded,
+                lowest, window, sinks, blocks, heads, capacity, DIM, KEYS[i][0], KEYS[i][1], KEYS[i][2],
+                KEYS[i][3], KEYS[i][4], KEYS[i][5], KEYS[i][6], False, DEPENDENTS,
             )  # fmt: skip
     for i in tl.static_range(len(VALUES)):
         if part == len(KEYS) + i:
@@ -323,7 +337,7 @@ def append_token(
                 more_value_norms_ptr if i else value_norms_ptr,
                 more_value_factors_ptr if i else value_factors_ptr,
                 more_value_thresholds_ptr if i else value_thresholds_ptr, more_value_thresholds_ptr,
-                value_sinks_ptr, signs_ptr, before, encoded, sink, lowest, window, sinks, blocks, DIM,
-                VALUES[i][0], VALUES[i][1], VALUES[i][2], VALUES[i][3], VALUES[i][4], VALUES[i][5],
-                VALUES[i][6], True,
+                value_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, before, encoded,
+                lowest, window, sinks, blocks, heads, capacity, DIM, VALUES[i][0], VALUES[i][1], VALUES[i][2],
+                VALUES[i][3], VALUES[i][4], VALUES[i][5], VALUES[i][6], True, DEPENDENTS,
             )  # fmt: skip
