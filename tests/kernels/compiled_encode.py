@@ -1,6 +1,7 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
 python compiled_encode.py ARCHITECTURE encode HEAD_DIM BITS VALUES | rotate HEAD_DIM INVERSE
+    | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def compiled(
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": False, "launch_pdl": architecture >= 90}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -59,8 +60,54 @@ def rotate(architecture: int, dim: int, inverse: int) -> Any:
     return compiled(rotate_rows, types, constants, architecture, max(1, dim // 128))
 
 
+def append(architecture: int, dim: int, bits: int) -> Any:
+    from turboquant_kernels.packed_kv.append import append_token
+
+    kinds = {"words": "*i32", "norms": "*fp16", "factors": "*fp32", "thresholds": "*fp32", "sinks": "*bf16"}
+    types = {f"{side}_{name}_ptr": kind for side in ("key", "value") for name, kind in kinds.items()}
+    types |= {f"{when}_{side}_ptr": "*bf16" for when in ("recent", "new") for side in ("keys", "values")}
+    types |= {"before_ptr": "*i64", "encoded_ptr": "*i64", "ticket_ptr": "*i32"}
+    numbers = ("before", "encoded", "lowest", "window", "sinks", "blocks", "heads", "capacity")
+    types |= dict.fromkeys(numbers, "i32")
+    constants: dict[str, Any] = dict.fromkeys(
+        name for name in append_token.arg_names if name.endswith("_ptr") and name not in types
+    )
+    half = ((dim, bits, 0, dim // 32, 1, dim.bit_length() - 1, 3),)
+    constants |= {"DIM": dim, "KEYS": half, "VALUES": half, "DEPENDENTS": architecture >= 90}
+    return compiled(append_token, types, constants, architecture, 1)
+
+
+def raw(architecture: int, dim: int, item: int) -> Any:
+    from turboquant_kernels.decode import step
+    from turboquant_kernels.decode.raw import attend_raw
+
+    kind = {2: "*bf16", 4: "*fp32"}[item]
+    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "sink_keys_ptr", "sink_values_ptr"), kind)
+    types |= dict.fromkeys(("factors_ptr", "turned_ptr", "x_ptr", "sums_ptr"), "*fp32")
+    types |= {"after_ptr": "*i64", "start_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
+    numbers = ("pairs", "parts", "heads", "rows", "queries", "count", "after", "start", "window", "sinks")
+    types |= dict.fromkeys(numbers, "i32")
+    tile = min(step._RAW_TOKENS, step._RAW_TILE // (dim * item))
+    constants = {"first_ptr": None, "RING": True, "SOFTCAP": False, "ROWS": step._RAW_ROWS, "DIM": dim}
+    constants |= {"WIDTH": dim, "TILE": tile, "TURNED": step._TURNED, "LOG": dim.bit_length() - 1}
+    constants |= {"ROUNDS": 3, "DEPENDENTS": architecture >= 90}
+    return compiled(attend_raw, types, constants, architecture, 4)
+
+
+def combine(architecture: int, dim: int, splits: int) -> Any:
+    from turboquant_kernels.decode.combine import combine_splits
+
+    types = dict.fromkeys(("partial_ptr", "sums_ptr", "raw_ptr", "raw_sums_ptr", "factors_ptr"), "*fp32")
+    types |= {"out_ptr": "*bf16", "factor": "fp32", "splits": "i32", "parts": "i32", "rows": "i32"}
+    constants = {"apart_ptr": None, "DIM": dim, "LOG": dim.bit_length() - 1, "COLUMNS": dim, "SPLITS": splits}
+    constants |= {"AT_ONCE": min(splits, 16384 // dim), "PARTS": 4, "ROUNDS": 3}
+    constants |= {"DEPENDENTS": architecture >= 90}
+    return compiled(combine_splits, types, constants, architecture, 1 if splits <= 8 else 8)
+
+
 def main(architecture: str, what: str, *numbers: str) -> None:
-    kernel = {"encode": encode, "rotate": rotate}[what](int(architecture), *map(int, numbers))
+    kinds = {"encode": encode, "rotate": rotate, "append": append, "raw": raw, "combine": combine}
+    kernel = kinds[what](int(architecture), *map(int, numbers))
     sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
     # A lane takes the coordinates of a whole vector, or of half a vector of 256.

@@ -20,6 +20,17 @@ BUDGETS = {
 }
 
 
+# Instructions of what is around the codes in a decoding step, by capability.
+AROUND = {
+    ("append", 128, 4): {80: 1830, 90: 1830},
+    ("append", 64, 3): {80: 1260, 90: 1290},
+    ("raw", 128, 2): {80: 1036, 89: 1056, 90: 1040},
+    ("raw", 256, 2): {80: 1384, 90: 1396},
+    ("raw", 128, 4): {89: 1480},
+    ("combine", 128, 64): {80: 656, 89: 660, 90: 680},
+}
+
+
 def machine_code(*arguments: object) -> dict[str, Any]:
     # In a process of its own: triton must not warn or leak into this one.
     script = Path(__file__).with_name("compiled_encode.py")
@@ -43,3 +54,17 @@ def test_registers_hold_everything(what, of, most, architecture) -> None:
     assert found["sizes"]["STACK"] == found["sizes"]["LOCAL"] == 0
     assert whole.get("LDL", 0) == whole.get("STL", 0) == 0
     assert sum(whole.values()) / found["elements"] <= most
+
+
+@pytest.mark.parametrize(
+    ("of", "architecture", "recorded"),
+    [(of, at, count) for of, counts in AROUND.items() for at, count in counts.items()],
+    ids=str,
+)
+def test_a_step_around_the_codes_stays_as_short(of, architecture, recorded) -> None:
+    found = machine_code(architecture, *of)
+    whole = found["whole"]
+    # Some compilers give the functions that divide and take roots a stack, which they do not use.
+    assert found["sizes"]["STACK"] <= (16 if of[0] == "append" else 0)
+    assert found["sizes"]["LOCAL"] == whole.get("LDL", 0) == whole.get("STL", 0) == 0
+    assert sum(whole.values()) == pytest.approx(recorded, rel=0.1)
