@@ -102,7 +102,7 @@ def combine(architecture: int, dim: int, splits: int) -> Any:
     constants = {"apart_ptr": None, "DIM": dim, "LOG": dim.bit_length() - 1, "COLUMNS": dim, "SPLITS": splits}
     constants |= {"AT_ONCE": min(splits, 16384 // dim), "PARTS": 4, "ROUNDS": 3}
     constants |= {"DEPENDENTS": architecture >= 90}
-    return compiled(combine_splits, types, constants, architecture, 1 if splits <= 8 else 8)
+    return compiled(combine_splits, types, constants, architecture, 8 if dim > 128 else 4)
 
 
 def main(architecture: str, what: str, *numbers: str) -> None:

@@ -288,5 +288,5 @@ def combine(
         LOG=dim.bit_length() - 1, COLUMNS=columns, SPLITS=power, AT_ONCE=min(power, 128, 16384 // columns),
         PARTS=triton.next_power_of_2(parts), ROUNDS=0 if factors is None else factors.shape[0],
         DEPENDENTS=dependents,
-        num_warps=1 if power <= 8 else 4 if power * columns <= 4096 else 8, launch_pdl=dependents,
+        num_warps=1 if power <= 8 else 8 if columns > 128 else 4, launch_pdl=dependents,
     )  # fmt: skip
