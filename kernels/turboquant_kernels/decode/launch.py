@@ -78,7 +78,7 @@ def settings_for(
         # 16 rows do not fit the registers: they are read twice, 8 at a time.
         queries = min(queries, 8)
         subs, registers = 1, {4: 168, 8: 224}[queries]
-        if kernel == "gluon" and queries == 4 and bits <= 2 and not short:
+        if kernel == "gluon" and queries == 4 and bits <= 2 and not short and not sketched:
             registers = 128
     elif queries == 4:
         subs = 2 if short or bits <= 3 or (bits < 4 and not early) else 1
@@ -93,9 +93,11 @@ def settings_for(
         subs, registers = (1, 168) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
         if early and bits in (3, 4):
             subs, registers = 2, 255
-    elif head_dim == 128 and (short or bits % 1):
+    elif head_dim == 128 and (short or bits % 1 or bits == 1):
         # Reading twice, from the second level cache the second time, costs less than so many rows at once.
-        queries, subs, registers = 8, 1, 160
+        queries, subs, registers = 8, 1, 168
+        if early and bits in (3, 4):
+            subs, registers = 2, 255  # as of 8 rows: with 168, the early loads spill
     else:
         subs, registers = 1, 255
     if sketched and queries > 4:
