@@ -1,4 +1,4 @@
-"""Launch every kernel once, on little: what compute-sanitizer watches. `python every_launch.py [fault]`."""
+"""Encode, decode and dequantize a little: what compute-sanitizer watches. `every_launch.py [fault]`."""
 
 from __future__ import annotations
 
