@@ -1,7 +1,7 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
-python compiled_encode.py ARCHITECTURE encode HEAD_DIM BITS VALUES | rotate HEAD_DIM INVERSE
-    | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
+python compiled_encode.py ARCHITECTURE encode HEAD_DIM BITS VALUES [OTHER_BITS FIRST_UNITS]
+    | rotate HEAD_DIM INVERSE | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def encode(architecture: int, dim: int, bits: int, values: int) -> Any:
+def encode(
+    architecture: int, dim: int, bits: int, values: int, other_bits: int = 0, first_units: int = 0
+) -> Any:
     from turboquant_kernels.packed_kv.encode import encode_tokens
 
     numbers = ("start", "encoded", "count", "blocks", "heads", "touched")
-    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "norms_ptr": "*fp16", "factors_ptr": "*fp32"}
+    types = {"x_ptr": "*i32", "words_ptr": "*i32", "norms_ptr": "*fp16", "factors_ptr": "*fp32"}
     types |= {"thresholds_ptr": "*fp32", "root": "fp32"} | dict.fromkeys(numbers, "i32")
     types |= dict.fromkeys(("row_stride", "head_stride", "token_stride"), "i32")
-    constants = {
-        "other_words_ptr": None,
-        "other_thresholds_ptr": None,
-        "start_ptr": None,
-        "encoded_ptr": None,
-    }
-    constants |= {"BITS": bits, "OTHER_BITS": 0, "UNITS": dim // 32, "FIRST_UNITS": dim // 32}
+    constants: dict[str, Any] = {"start_ptr": None, "encoded_ptr": None}
+    if other_bits:
+        types |= {"other_words_ptr": "*i32", "other_thresholds_ptr": "*fp32"}
+    else:
+        constants |= {"other_words_ptr": None, "other_thresholds_ptr": None}
+    constants |= {"BITS": bits, "OTHER_BITS": other_bits, "UNITS": dim // 32}
+    constants |= {"FIRST_UNITS": first_units or dim // 32}
     constants |= {"LOG": dim.bit_length() - 1, "ROUNDS": 3, "VALUES": bool(values), "PTX": True}
     return compiled(encode_tokens, types, constants, architecture, max(1, dim // 128))
 
@@ -55,7 +57,7 @@ def encode(architecture: int, dim: int, bits: int, values: int) -> Any:
 def rotate(architecture: int, dim: int, inverse: int) -> Any:
     from turboquant_kernels.hadamard.kernel import rotate_rows
 
-    types = {"x_ptr": "*bf16", "out_ptr": "*fp32", "factors_ptr": "*fp32", "rows": "i32"}
+    types = {"x_ptr": "*i32", "out_ptr": "*fp32", "factors_ptr": "*fp32", "rows": "i32"}
     constants = {"DIM": dim, "LOG": dim.bit_length() - 1, "ROWS": 32, "ROUNDS": 3, "INVERSE": bool(inverse)}
     return compiled(rotate_rows, types, constants, architecture, max(1, dim // 128))
 

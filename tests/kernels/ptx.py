@@ -89,6 +89,11 @@ def bits(a: torch.Tensor) -> torch.Tensor:
     return a.view(torch.int32).long() & MASK
 
 
+def shuffled(a: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Of each lane, what the lane `source` has."""
+    return a.gather(-1, source.expand_as(a))
+
+
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "mov.f32": lambda a: a,
@@ -103,6 +108,11 @@ OPERATIONS = {
     "dp2a.lo.u32.u32": lambda a, b, c: ((a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255) + c) & MASK,
     "shl.b32": lambda a, b: (a << b) & MASK,
     "prmt.b32": prmt,
+    "setp.ne.b32": lambda a, b: a != b,
+    "selp.b32": lambda a, b, condition: torch.where(condition, a, b),
+    "shf.l.wrap.b32": lambda a, b, count: (((b << 32 | a) << (count & 31)) >> 32) & MASK,
+    "shfl.sync.idx.b32": lambda a, lane, *_: shuffled(a, lane),
+    "shfl.sync.bfly.b32": lambda a, other, *_: shuffled(a, torch.arange(32) ^ other),
     "lop3.b32": lop3,
     "movmatrix.sync.aligned.m8n8.trans.b16": movmatrix_transposed,
 }

@@ -154,9 +154,36 @@ def test_the_instructions_find_the_same_codes(bits, interpreted) -> None:
     (words,) = run_warp(kernel._quantizer(bits), 1, inputs)
     expected = torch.stack([torch.bucketize(z[:, i].contiguous(), thresholds, right=True) for i in range(8)])
     codes = torch.stack([(words >> (4 * i)) & 15 for i in range(8)])
-    magnitudes = torch.where(codes < 2 ** (bits - 1), 2 ** (bits - 1) - 1 - codes, codes)
-    assert torch.equal(magnitudes, expected)
-    if bits == 4:
+    if bits == 4:  # sign and magnitude
+        codes = torch.where(codes < 8, 8 + codes, 15 - codes)
         (placed,) = run_warp(kernel._quantizer(4, placed=True), 1, inputs)
         eights = sum(expected[i] << (4 * i) for i in range(8))
         assert torch.equal(signed(placed).int(), registers._with_signs(signed(eights).int()))
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_the_instructions_of_a_warp_put_codes_in_their_places(side, bits, interpreted) -> None:
+    kernel = importlib.import_module("turboquant_kernels.packed_kv.encode")
+    codes = torch.randint(0, 2**bits, (32, 32), generator=torch.Generator().manual_seed(bits))
+    lane, nibbles = torch.arange(32), 4 * torch.arange(8)
+    if side == "key":
+        # Nibble b + 4 h of word c is coordinate 16 h + 4 c + b.
+        words = (codes.view(32, 2, 4, 4).permute(2, 0, 1, 3).reshape(4, 32, 8) << nibbles).sum(-1)
+        if bits == 4:
+            words = registers._with_signs(signed(words).int()).long() & 0xFFFFFFFF
+        found = kernel._folded.fn(*run_warp(kernel._exchange_of_keys(), 4, [*words, lane]), bits)
+        stored, pack = lane, registers.pack_keys
+    else:
+        if bits == 4:
+            codes_or_signs = torch.where(codes < 8, 15 - codes, codes - 8)
+        else:
+            codes_or_signs = codes
+        words = (codes_or_signs.view(32, 4, 8).transpose(0, 1) << nibbles).sum(-1)
+        folded = kernel._folded.fn(*words, bits)[:bits]
+        numbers = [x & 0xFFFFFFFF for x in kernel._numbers_of_lane.fn(lane)]
+        found = run_warp(kernel._exchange_of_values(bits, bits == 4), bits, [*folded, *numbers])
+        stored, pack = kernel._lane_of_values.fn(lane), registers.pack_values
+    expected = registers._lanes(pack(codes.to(torch.uint8), bits)[None], bits, 32).reshape(32, bits)
+    assert torch.equal(signed(torch.stack(list(found[:bits]), -1)).int(), expected[stored])

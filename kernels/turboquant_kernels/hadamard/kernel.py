@@ -49,11 +49,25 @@ def rotate_few(
 def columns(rows, DIM: tl.constexpr, ROWS: tl.constexpr):
     """Loaded rows (ROWS, DIM) as columns (DIM, ROWS) float32, a lane holding whole ones.
 
-    Splitting by the highest bit of the coordinate is what asks the compiler for that, before the numbers are
-    widened: all coordinates of a column go where its first pair does.
+    Rows of bfloat16 come as (ROWS, DIM / 2) int32, since a pair costs two instructions then, not four.
+    Splitting by the highest bit of the coordinate is what asks the compiler for whole columns, before the
+    numbers are widened: all coordinates of a column go where its first pair does.
     """
-    a, b = tl.split(tl.permute(tl.reshape(rows, [ROWS, 2, DIM // 2]), [2, 0, 1]))
-    return tl.reshape(tl.permute(tl.join(a.to(tl.float32), b.to(tl.float32)), [2, 0, 1]), [DIM, ROWS])
+    LOADS: tl.constexpr = rows.shape[1]
+    a, b = tl.split(tl.permute(tl.reshape(rows, [ROWS, 2, LOADS // 2]), [2, 0, 1]))
+    if rows.dtype == tl.int32:
+        a, b = _pairs(a, DIM // 4, ROWS), _pairs(b, DIM // 4, ROWS)
+    else:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.reshape(tl.permute(tl.join(a, b), [2, 0, 1]), [DIM, ROWS])
+
+
+@triton.jit
+def _pairs(words, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """(WORDS, ROWS) of two bfloat16 each as (2 WORDS, ROWS) float32."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    high = (words & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [2 * WORDS, ROWS])
 
 
 @triton.jit
@@ -80,11 +94,13 @@ def rotate_tile(
 @triton.jit
 def sum_of_squares(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     """(ROWS,) of the columns of x, (DIM, ROWS): added in halves, as `packed_kv.codec` does."""
-    a, b = tl.split(tl.permute(tl.reshape(x, [2, DIM // 2, ROWS]), [1, 2, 0]))
-    y = a * a + b * b
-    for k in tl.static_range(1, LOG):
-        a, b = tl.split(tl.permute(tl.reshape(y, [2, DIM >> (k + 1), ROWS]), [1, 2, 0]))
+    y = x * x
+    if DIM == 256:  # between warps
+        a, b = tl.split(tl.permute(tl.reshape(y, [2, DIM // 2, ROWS]), [1, 2, 0]))
         y = a + b
+    for k in tl.static_range(1 if DIM == 256 else 0, LOG):
+        # A sum of two, where a split would have the compiler load x once more in another order.
+        y = tl.sum(tl.reshape(y, [2, DIM >> (k + 1), ROWS]), 0)
     return tl.reshape(y, [ROWS])
 
 
@@ -107,7 +123,7 @@ def rotate_rows(
     """H S_k ... H S_1 x of each row, or its inverse. Program: ROWS rows.
 
     Args:
-        x_ptr: (rows, DIM).
+        x_ptr: (rows, DIM); bfloat16 as (rows, DIM / 2) int32.
         out_ptr: (rows, DIM).
         factors_ptr: (ROUNDS, DIM) float32, the diagonals S: signs over sqrt(DIM).
         rows: How many.
@@ -120,10 +136,12 @@ def rotate_rows(
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     held = row < rows - first
-    at = row * DIM + tl.arange(0, DIM)[None, :]
-    x = columns(tl.load(x_ptr + first * DIM + at, mask=held, other=0.0), DIM, ROWS)
+    LOADS: tl.constexpr = DIM // 2 if x_ptr.dtype.element_ty == tl.int32 else DIM
+    at = row * LOADS + tl.arange(0, LOADS)[None, :]
+    x = columns(tl.load(x_ptr + first * LOADS + at, mask=held, other=0), DIM, ROWS)
     if INVERSE:
         x = inverse_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
     else:
         x = rotate_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
+    at = row * DIM + tl.arange(0, DIM)[None, :]
     tl.store(out_ptr + first * DIM + at, tl.trans(x.to(out_ptr.dtype.element_ty)), mask=held)

@@ -60,6 +60,8 @@ def rotate(
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = x.numel() // dim
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.int32)
     at_once = 32 if rows >= _MANY else 1
     rotate_rows[(-(-rows // at_once),)](
         x, out, factors, rows, DIM=dim, LOG=dim.bit_length() - 1, ROWS=at_once, ROUNDS=factors.shape[0],

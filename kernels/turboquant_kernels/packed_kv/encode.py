@@ -27,11 +27,11 @@ def _quantizer(bits: int, placed: bool = False) -> str:
 
     Args:
         bits: Bits a code, 2..4.
-        placed: Whether signs go where `registers` wants them in words of 4-bit keys, 1 if negative.
+        placed: Whether signs of 4 bits go where `registers` wants them in words of keys.
 
     Returns:
-        Text with output $0 (each nibble the sign, 1 if not negative, above the magnitude); inputs $1 .. $8,
-        the coordinates, and from $9 on the positive thresholds.
+        Text with output $0 (each nibble a code; of four bits the magnitude, and the sign above it, 1 if
+        negative); inputs $1 .. $8, the coordinates, and from $9 on the positive thresholds.
     """
     t = [f"${9 + i}" for i in range(7)]
     z = [f"${1 + place}" for place in range(8)]
@@ -67,15 +67,16 @@ def _quantizer(bits: int, placed: bool = False) -> str:
             f"prmt.b32 {target}, {third}, {fourth}, 0x00fb;",
             f"prmt.b32 {target}, m, {target}, 0x5410;",
         ]
-    low, high = (0x80808080, 0x08080808) if placed else (0x01010101 << (bits - 1), 0x10101010 << (bits - 1))
-    flipped = 0 if placed else 0x11111111 << (bits - 1)
+    # Of a negative one, all bits change; of four bits, magnitude and sign are wanted instead.
+    kept, top = (8, 0) if bits == 4 else ((1 << bits) - 1, 1 << (bits - 1))
+    low, high = (0x80808080, 0x08080808) if placed else (kept * 0x01010101, kept * 0x10101010)
     lines += [
         f"and.b32 n, n, 0x{low:x};",
         f"lop3.b32 n, k, 0x{high:x}, n, 0xea;",  # (k & constant) | n
         "mov.b32 m, w0;",
         "mov.b32 k, w1;",
         "prmt.b32 m, m, k, 0x5410;",
-        f"lop3.b32 $0, m, n, 0x{flipped:x}, 0xf6;",  # m | (n ^ constant)
+        f"lop3.b32 $0, m, n, 0x{top * 0x11111111:x}, 0x96;",  # m ^ n ^ constant
     ]
     return "{ .reg .pred p, q; .reg .b32 k, n, m; .reg .f32 a, u, v, x, w0, w1; " + " ".join(lines) + "}"
 
@@ -83,6 +84,72 @@ def _quantizer(bits: int, placed: bool = False) -> str:
 def _float_bits(value: int) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
+
+def _exchange_of_values(words: int, signs: bool) -> str:
+    """PTX that gives a lane eight tokens' codes of a coordinate: a transposition of nibbles among eight lanes.
+
+    Lane t holds token t's codes of eight coordinates as nibbles; the token's place among the nibbles of a
+    word of values, n, is made of the bits 0, 2, 1 of t. Three exchanges, each with the lane that differs in one
+    of them, of half of the nibbles, give lane t the codes of coordinate n.
+
+    Args:
+        words: How many there are of each lane.
+        signs: Whether the top bits of nibbles go where `registers` wants the signs of 4-bit codes.
+
+    Returns:
+        Text with outputs and inputs of so many words; then five numbers of the lane, as `_places` makes them.
+    """
+    out, first = words, 2 * words
+    source, turn, kept, in_bytes, in_halves = (f"${first + i}" for i in range(5))
+    lines = []
+    for k in range(words):
+        word, other = f"w{k}", "x"
+        lines += [f"mov.b32 {word}, ${out + k};"]
+        if signs:
+            lines += [
+                f"shfl.sync.idx.b32 {other}, {word}, {source}, 0x1f, 0xffffffff;",
+                f"lop3.b32 {word}, {word}, {other}, 0x77777777, 0xe4;",  # the first where the third has ones
+            ]
+        lines += [
+            f"shfl.sync.bfly.b32 {other}, {word}, 1, 0x1f, 0xffffffff;",
+            f"shf.l.wrap.b32 {other}, {other}, {other}, {turn};",
+            f"lop3.b32 {word}, {word}, {other}, {kept}, 0xe4;",
+            f"shfl.sync.bfly.b32 {other}, {word}, 4, 0x1f, 0xffffffff;",
+            f"prmt.b32 {word}, {word}, {other}, {in_bytes};",
+            f"shfl.sync.bfly.b32 {other}, {word}, 2, 0x1f, 0xffffffff;",
+            f"prmt.b32 {word}, {word}, {other}, {in_halves};",
+        ]
+    lines += [f"mov.b32 ${k}, w{k};" for k in range(words)]
+    return "{ .reg .b32 x, " + ", ".join(f"w{k}" for k in range(words)) + "; " + " ".join(lines) + "}"
+
+
+def _exchange_of_keys() -> str:
+    """PTX that gives a lane four tokens' words of four coordinate quads: a transposition among four lanes.
+
+    Returns:
+        Text with four outputs, four inputs and the number of the lane.
+    """
+    lines = [f"mov.b32 w{k}, ${4 + k};" for k in range(4)]
+    for step, pairs in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
+        lines += [f"and.b32 x, $8, {step};", "setp.ne.b32 p, x, 0;"]
+        for a, b in pairs:
+            lines += [
+                f"selp.b32 x, w{a}, w{b}, p;",
+                f"shfl.sync.bfly.b32 x, x, {step}, 0x1f, 0xffffffff;",
+                f"selp.b32 w{a}, x, w{a}, p;",
+                f"selp.b32 w{b}, w{b}, x, p;",
+            ]
+    lines += [f"mov.b32 ${k}, w{k};" for k in range(4)]
+    return "{ .reg .pred p; .reg .b32 x, w0, w1, w2, w3; " + " ".join(lines) + "}"
+
+
+_EXCHANGE_OF_KEYS = tl.constexpr(_exchange_of_keys())
+_EXCHANGE_1, _EXCHANGE_2, _EXCHANGE_3 = (tl.constexpr(_exchange_of_values(words, False)) for words in (1, 2, 3))
+_EXCHANGE_4 = tl.constexpr(_exchange_of_values(4, True))
+_WORDS_1, _WORDS_2, _WORDS_3, _WORDS_4 = (
+    tl.constexpr(",".join(["=&r"] * words + ["r"] * (words + 5))) for words in (1, 2, 3, 4)
+)
+_WORDS_OF_KEYS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 5))
 
 _FOUR, _THREE, _TWO = (tl.constexpr(_quantizer(bits)) for bits in (4, 3, 2))
 _PLACED_FOUR = tl.constexpr(_quantizer(4, placed=True))
@@ -144,8 +211,6 @@ def _packed_codes(y, at, BITS: tl.constexpr, WORDS: tl.constexpr, PLACED: tl.con
         words = tl.inline_asm_elementwise(
             _TWO, _OF_TWO, [z0, z1, z2, z3, z4, z5, z6, z7, tl.load(at)], tl.int32, True, 1
         )
-    if BITS < 4:
-        words ^= ((~words >> (BITS - 1)) & 0x11111111) * ((1 << (BITS - 1)) - 1)
     return tl.reshape(words, [WORDS, 32])
 
 
@@ -174,18 +239,21 @@ def _eights(y, at, BITS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_keys(eights, UNITS: tl.constexpr):
-    """(UNITS * 4, 32 tokens) of `_eights` -> (2, UNITS * 32, 2): lane 4 r + c of each unit; i in two axes.
+def _four_of_keys(eights, UNITS: tl.constexpr):
+    """(UNITS * 4, 32 tokens) of `_eights` -> four (UNITS, 32), row i = 0..3 of lane 4 r + c each.
 
     Nibble b + 4 h is coordinate 16 h + 4 c + b of token 4 r + i.
     """
     y = tl.permute(tl.reshape(eights, [UNITS, 4, 8, 2, 2]), [3, 0, 2, 1, 4])
-    return tl.reshape(y, [2, UNITS * 32, 2])
+    return _four(tl.reshape(y, [2, UNITS * 32, 2]), UNITS)
 
 
 @triton.jit
-def _rows_of_values(eights, UNITS: tl.constexpr):
-    """As `_rows_of_keys`; nibble b + 4 h is token 8 c + 4 (b // 2) + 2 h + b % 2 of coordinate 8 i + r."""
+def _four_of_values(eights, UNITS: tl.constexpr):
+    """As `_four_of_keys`, in the order of `_lane_of_values`.
+
+    Nibble b + 4 h is token 8 c + 4 (b // 2) + 2 h + b % 2 of coordinate 8 i + r.
+    """
     # The words of eight tokens, in the order of their nibbles, are a matrix of nibbles to be transposed.
     y = tl.permute(tl.reshape(eights, [UNITS * 4, 4, 2, 2, 2]), [2, 3, 0, 1, 4])
     even, odd = tl.split(tl.reshape(y, [2, 2, UNITS * 16, 2]))
@@ -211,7 +279,33 @@ def _rows_of_values(eights, UNITS: tl.constexpr):
     high = tl.join(tl.join(w4, w6), tl.join(w5, w7))
     # (unit, i // 2, i % 2, c, bits 1, 0, 2 of r)
     y = tl.reshape(tl.join(low, high), [UNITS, 2, 2, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(y, [1, 0, 6, 4, 5, 3, 2]), [2, UNITS * 32, 2])
+    return _four(tl.reshape(tl.permute(y, [1, 0, 3, 4, 6, 5, 2]), [2, UNITS * 32, 2]), UNITS)
+
+
+@triton.jit
+def _four(rows, UNITS: tl.constexpr):
+    """(2, UNITS * 32, 2), rows 0, 1, 2, 3 by their first and last axes, -> four (UNITS, 32)."""
+    even, odd = tl.split(rows)
+    row0, row2 = tl.split(tl.permute(even, [1, 0]))
+    row1, row3 = tl.split(tl.permute(odd, [1, 0]))
+    row0, row2 = tl.reshape(row0, [UNITS, 32]), tl.reshape(row2, [UNITS, 32])
+    return row0, tl.reshape(row1, [UNITS, 32]), row2, tl.reshape(row3, [UNITS, 32])
+
+
+@triton.jit
+def _numbers_of_lane(t):
+    """What `_exchange_of_values` must know: whose signs, and which nibbles of two words, lane t takes."""
+    bit0, bit1, bit2 = t & 1, t >> 1 & 1, t >> 2 & 1
+    source = (t & 24) + bit2 + 2 * (1 - bit0) + 4 * bit1
+    turn = 4 + 24 * bit0
+    kept = 0x0F0F0F0F ^ -bit0
+    return source, turn, kept, 0x6240 - 0x2B2B * bit2, 0x5410 - 0x219A * bit1
+
+
+@triton.jit
+def _lane_of_values(t):
+    """The lane 4 r + c for which lane t has words: c are bits 4, 3 of t, r its bits 1, 2, 0."""
+    return ((t & 1) + (t >> 1 & 2) + (t << 1 & 4)) * 4 + (t >> 3)
 
 
 @triton.jit
@@ -272,12 +366,115 @@ def _fresh_nibbles(lane, low, high, BITS: tl.constexpr):
 
 
 @triton.jit
+def _rows(y, at, usual, UNITS: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr):
+    """Eight codes a word of (UNITS * 4, 8, 32 tokens): rows i = 0..3 of lanes, four (UNITS, 32)."""
+    eights = tl.where(usual[None, :], _eights(y, at, BITS, UNITS * 4), _word_of_zeros(BITS))
+    if VALUES:
+        row0, row1, row2, row3 = _four_of_values(eights, UNITS)
+    else:
+        row0, row1, row2, row3 = _four_of_keys(eights, UNITS)
+    if BITS == 4:
+        row0, row1, row2, row3 = _with_signs(row0), _with_signs(row1), _with_signs(row2), _with_signs(row3)
+    return row0, row1, row2, row3
+
+
+@triton.jit
+def _folded(row0, row1, row2, row3, BITS: tl.constexpr):
+    """Rows as BITS words; the others are none."""
+    if BITS == 3:
+        row0 |= (row3 & 0x11111111) << 3
+        row1 |= ((row3 >> 1) & 0x11111111) << 3
+        row2 |= ((row3 >> 2) & 0x11111111) << 3
+    elif BITS == 2:
+        row0 |= row1 << 2
+        row1 = row2 | row3 << 2
+    elif BITS == 1:
+        row0 |= row1 << 1 | row2 << 2 | row3 << 3
+    return row0, row1, row2, row3
+
+
+@triton.jit
+def _rows_by_lanes(y, at, usual, token, UNITS: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr):
+    """As `_rows` and `_folded`, by instructions of a warp whose lane t holds token t."""
+    PLACED: tl.constexpr = BITS == 4 and not VALUES
+    if BITS > 1:
+        eights = _packed_codes(y, at, BITS, UNITS * 4, PLACED)
+    else:
+        eights = _eights(y, at, BITS, UNITS * 4)
+    eights = tl.where(usual[None, :], eights, 0 if BITS == 4 else _word_of_zeros(BITS))
+    rows = tl.permute(tl.reshape(eights, [UNITS, 2, 2, 32]), [1, 0, 3, 2])
+    row0, row1, row2, row3 = _four(tl.reshape(rows, [2, UNITS * 32, 2]), UNITS)
+    if VALUES:
+        row0, row1, row2, row3 = _folded(row0, row1, row2, row3, BITS)
+        source, turn, kept, in_bytes, in_halves = _numbers_of_lane(token[None, :])
+        if BITS == 4:
+            row0, row1, row2, row3 = tl.inline_asm_elementwise(
+                _EXCHANGE_4, _WORDS_4, [row0, row1, row2, row3, source, turn, kept, in_bytes, in_halves],
+                (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+            )  # fmt: skip
+        elif BITS == 3:
+            row0, row1, row2 = tl.inline_asm_elementwise(
+                _EXCHANGE_3, _WORDS_3, [row0, row1, row2, source, turn, kept, in_bytes, in_halves],
+                (tl.int32, tl.int32, tl.int32), False, 1,
+            )  # fmt: skip
+        elif BITS == 2:
+            row0, row1 = tl.inline_asm_elementwise(
+                _EXCHANGE_2, _WORDS_2, [row0, row1, source, turn, kept, in_bytes, in_halves],
+                (tl.int32, tl.int32), False, 1,
+            )  # fmt: skip
+        else:
+            row0 = tl.inline_asm_elementwise(
+                _EXCHANGE_1, _WORDS_1, [row0, source, turn, kept, in_bytes, in_halves], tl.int32, False, 1
+            )
+    else:
+        row0, row1, row2, row3 = tl.inline_asm_elementwise(
+            _EXCHANGE_OF_KEYS, _WORDS_OF_KEYS, [row0, row1, row2, row3, token[None, :]],
+            (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+        )  # fmt: skip
+        row0, row1, row2, row3 = _folded(row0, row1, row2, row3, BITS)
+    return row0, row1, row2, row3
+
+
+@triton.jit
+def _store_words(
+    words, words_ptr, low, high,
+    FIRST: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Write words K, K + 1, ... of each unit from FIRST on, (32, units, words), of a run of TOTAL words.
+
+    With more words than a unit has, those of the next follow.
+    """
+    UNITS: tl.constexpr = words.shape[1]
+    COUNT: tl.constexpr = words.shape[2]
+    token = tl.arange(0, 32)[:, None, None]
+    lane = _lane_of_values(token) if VALUES else token
+    k = K + tl.arange(0, COUNT)[None, None, :]
+    word = tl.arange(0, UNITS)[None, :, None] * max(COUNT, BITS) + FIRST * BITS + k
+    FOURS: tl.constexpr = TOTAL // 4
+    in_fours = word // 4 * 128 + lane * 4 + word % 4
+    if TOTAL % 4 == 0:
+        at = words_ptr + in_fours
+    else:
+        in_two = 128 * FOURS + lane * 2 + word - 4 * FOURS
+        in_one = 32 * (TOTAL - 1) + lane
+        rest = tl.where(word < 4 * FOURS + TOTAL % 4 // 2 * 2, in_two, in_one)
+        at = words_ptr + tl.where(word < 4 * FOURS, in_fours, rest)
+    if low > 0 or high < 32:
+        k = k % BITS
+        masks = _fresh_nibbles(lane, low, high, BITS) if VALUES else _fresh_rows(lane, k, low, high, BITS)
+        if low < high:
+            tl.store(at, (tl.load(at) & ~masks) | (words & masks))
+    else:
+        tl.store(at, words)
+
+
+@triton.jit
 def _encode_run(
     z, words_ptr, thresholds_ptr, usual, low, high,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
+    FIRST: tl.constexpr, UNITS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write the codes of units FIRST .. FIRST + COUNT - 1 of z, (UNITS * 32, 32 tokens), at words_ptr.
+    """Write codes of z, (UNITS * 32, 32 tokens), units FIRST, ... of a run of RUN units at words_ptr.
 
     Tokens that are not `usual` (32,) get the codes of zero; of those outside low .. high - 1 nothing changes.
     """
@@ -287,63 +484,65 @@ def _encode_run(
         y = tl.permute(tl.reshape(z, [UNITS, 2, 4, 4, 32]), [0, 2, 1, 3, 4])
         y = tl.reshape(y, [UNITS * 4, 8, 32])
     positive = thresholds_ptr + (1 << (BITS - 1))
-    PLACED: tl.constexpr = BITS == 4 and not VALUES
-    if PTX and BITS > 1:
-        eights = _packed_codes(y, positive, BITS, UNITS * 4, PLACED)
+    if PTX:
+        word0, word1, word2, word3 = _rows_by_lanes(y, positive, usual, tl.arange(0, 32), UNITS, BITS, VALUES)
     else:
-        eights = _eights(y, positive, BITS, UNITS * 4)
-        if PLACED:
-            eights = _with_signs(eights)
-    eights = tl.where(usual[None, :], eights, 0 if PLACED else _word_of_zeros(BITS))
-    rows = _rows_of_values(eights, UNITS) if VALUES else _rows_of_keys(eights, UNITS)
-    even, odd = tl.split(rows)
-    row0, row2 = tl.split(tl.permute(even, [1, 0]))
-    row1, row3 = tl.split(tl.permute(odd, [1, 0]))
-    if PLACED:
-        words = _joined(row0, row1, row2, row3)
-    elif BITS == 4:
-        words = _joined(_with_signs(row0), _with_signs(row1), _with_signs(row2), _with_signs(row3))
+        word0, word1, word2, word3 = _rows(y, positive, usual, UNITS, BITS, VALUES)
+        word0, word1, word2, word3 = _folded(word0, word1, word2, word3, BITS)
+    TOTAL: tl.constexpr = RUN * BITS
+    word0, word1, word2, word3 = tl.trans(word0), tl.trans(word1), tl.trans(word2), tl.trans(word3)
+    if BITS == 4:
+        _store_words(_joined(word0, word1, word2, word3), words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
     elif BITS == 3:
-        words = _joined(
-            row0 | (row3 & 0x11111111) << 3, row1 | ((row3 >> 1) & 0x11111111) << 3,
-            row2 | ((row3 >> 2) & 0x11111111) << 3, row3,
-        )  # fmt: skip
+        _store_words(word0[:, :, None], words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
+        _store_words(word1[:, :, None], words_ptr, low, high, FIRST, TOTAL, 1, BITS, VALUES)
+        _store_words(word2[:, :, None], words_ptr, low, high, FIRST, TOTAL, 2, BITS, VALUES)
     elif BITS == 2:
-        words = tl.join(row0 | row1 << 2, row2 | row3 << 2)
+        words = tl.join(word0, word1)
+        if UNITS % 2 == 0 and FIRST % 2 == 0:
+            words = tl.reshape(words, [32, UNITS // 2, 4])  # four words of a lane lie together
+        _store_words(words, words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
     else:
-        words = row0 | row1 << 1 | row2 << 2 | row3 << 3
-    KEPT: tl.constexpr = 4 if BITS == 3 else BITS  # words of a unit and lane in the tile
-    index = tl.arange(0, UNITS * 32 * KEPT)
-    if FIRST == 0 and COUNT == UNITS and BITS != 3 and UNITS * BITS % 4 == 0:
-        # Four words of a lane lie together.
-        words = tl.permute(tl.reshape(words, [UNITS * BITS // 4, 4 // BITS, 32, BITS]), [0, 2, 1, 3])
-        lane, k = index // 4 % 32, index % BITS
-        at = words_ptr + index
-        written = index < tl.where(low < high, UNITS * 32 * KEPT, 0)
+        words = word0[:, :, None]
+        if UNITS % 4 == 0 and FIRST % 4 == 0:
+            words = tl.reshape(word0, [32, UNITS // 4, 4])
+        _store_words(words, words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
+
+
+@triton.jit
+def _encode_units(
+    z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high,
+    FROM: tl.constexpr, UNITS: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr,
+    OTHER_BITS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Write codes of units FROM .. FROM + UNITS - 1 of ALL, of which the FIRST ones are the first run."""
+    if FROM + UNITS <= FIRST:
+        _encode_run(
+            z, words_ptr, thresholds_ptr, usual, low, high, FROM, UNITS, FIRST, BITS, VALUES, PTX
+        )
+    elif FROM >= FIRST:
+        _encode_run(
+            z, other_words_ptr, other_thresholds_ptr, usual, low, high, FROM - FIRST, UNITS, ALL - FIRST,
+            OTHER_BITS, VALUES, PTX,
+        )  # fmt: skip
     else:
-        TOTAL: tl.constexpr = COUNT * BITS
-        FOURS: tl.constexpr = TOTAL // 4
-        lane, k = index // KEPT % 32, index % KEPT
-        unit = index // KEPT // 32 - FIRST
-        word = unit * BITS + k
-        in_fours = word // 4 * 128 + lane * 4 + word % 4
-        in_two = 128 * FOURS + lane * 2 + word - 4 * FOURS
-        in_one = 32 * (TOTAL - 1) + lane
-        rest = tl.where(word < 4 * FOURS + TOTAL % 4 // 2 * 2, in_two, in_one)
-        at = words_ptr + tl.where(word < 4 * FOURS, in_fours, rest)
-        written = (unit >= 0) & (unit < tl.where(low < high, COUNT, 0)) & (k < BITS)
-    words = tl.reshape(words, [UNITS * 32 * KEPT])
-    if low > 0 or high < 32:
-        masks = _fresh_nibbles(lane, low, high, BITS) if VALUES else _fresh_rows(lane, k, low, high, BITS)
-        words = (tl.load(at, mask=written, other=0) & ~masks) | (words & masks)
-    tl.store(at, words, mask=written)
+        HALF: tl.constexpr = UNITS // 2
+        a, b = tl.split(tl.permute(tl.reshape(z, [2, HALF * 32, 32]), [1, 2, 0]))
+        _encode_units(
+            a, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, FROM, HALF,
+            ALL, FIRST, BITS, OTHER_BITS, VALUES, PTX,
+        )  # fmt: skip
+        _encode_units(
+            b, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, FROM + HALF,
+            HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, PTX,
+        )  # fmt: skip
 
 
 @triton.jit
 def _joined(a, b, c, d):
-    """Four tensors as a last axis."""
+    """Four tensors (32, units) as a last axis."""
     y = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(y, [a.shape[0], 4])
+    return tl.reshape(y, [32, a.shape[1], 4])
 
 
 @triton.jit(do_not_specialize=["start", "encoded", "count", "blocks", "heads", "touched"])
@@ -359,7 +558,8 @@ def encode_tokens(
     Program ((batch * heads + head) * touched + number of the block among those touched).
 
     Args:
-        x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side.
+        x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 as
+            (batch, heads, count, dim / 2) int32.
         words_ptr: (batch, heads, blocks, FIRST_UNITS * 32 * BITS) int32: the first run's.
         other_words_ptr: (batch, heads, blocks, (UNITS - FIRST_UNITS) * 32 * OTHER_BITS) int32, or None.
         norms_ptr: (batch, heads, blocks * 32) float16.
@@ -401,8 +601,9 @@ def encode_tokens(
     fresh = (token >= low) & (token < high)
     before = (block * 32 - start).to(tl.int64) * token_stride
     x_ptr += head // heads * row_stride + head % heads * head_stride + before
-    at = token[:, None] * token_stride + tl.arange(0, DIM)[None, :]
-    x = columns(tl.load(x_ptr + at, mask=fresh[:, None], other=0.0), DIM, 32)
+    LOADS: tl.constexpr = DIM // 2 if x_ptr.dtype.element_ty == tl.int32 else DIM
+    at = token[:, None] * token_stride + tl.arange(0, LOADS)[None, :]
+    x = columns(tl.load(x_ptr + at, mask=fresh[:, None], other=0), DIM, 32)
     total = sum_of_squares(x, DIM, LOG, 32)
     norm = tl.sqrt_rn(total)
     place = head * blocks + block
@@ -413,12 +614,10 @@ def encode_tokens(
         rotate_tile(x, factors_ptr, DIM, LOG, 32, ROUNDS), tl.broadcast_to(factor[None, :], [DIM, 32]), 0.0
     )
     usual = total < float("inf")
-    _encode_run(
-        z, words_ptr + place * (FIRST_UNITS * 32 * BITS), thresholds_ptr, usual, low, high, 0, FIRST_UNITS,
-        UNITS, BITS, VALUES, PTX,
-    )  # fmt: skip
+    other_ptr = other_words_ptr
     if OTHER_BITS > 0:
-        _encode_run(
-            z, other_words_ptr + place * ((UNITS - FIRST_UNITS) * 32 * OTHER_BITS), other_thresholds_ptr,
-            usual, low, high, FIRST_UNITS, UNITS - FIRST_UNITS, UNITS, OTHER_BITS, VALUES, PTX,
-        )  # fmt: skip
+        other_ptr += place * ((UNITS - FIRST_UNITS) * 32 * OTHER_BITS)
+    _encode_units(
+        z, words_ptr + place * (FIRST_UNITS * 32 * BITS), other_ptr, thresholds_ptr, other_thresholds_ptr,
+        usual, low, high, 0, UNITS, UNITS, FIRST_UNITS, BITS, OTHER_BITS, VALUES, PTX,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from turboquant_kernels import device
@@ -135,6 +136,9 @@ def encode(
     if x.stride(-1) != 1:
         x = x.contiguous()
     batch, heads, count, dim = x.shape
+    if x.dtype == torch.bfloat16:
+        even = all(stride % 2 == 0 for stride in (*x.stride()[:3], x.storage_offset()))
+        x = (x if even else x.contiguous()).view(torch.int32)
     lengths = [n if isinstance(n, Tensor) else None for n in (start, encoded)]
     numbers = [0 if isinstance(n, Tensor) else n for n in (start, encoded)]
     touched = (count + BLOCK - 2) // BLOCK + 1
