@@ -1,6 +1,6 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
-python compiled_encode.py ARCHITECTURE encode HEAD_DIM BITS VALUES [OTHER_BITS FIRST_UNITS]
+python compiled_encode.py ARCHITECTURE encode VALUES WIDTH BITS OTHER_BITS FIRST_UNITS M LOG ROUNDS ...
     | rotate HEAD_DIM INVERSE | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
 """
 
@@ -34,24 +34,21 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def encode(
-    architecture: int, dim: int, bits: int, values: int, other_bits: int = 0, first_units: int = 0
-) -> Any:
+def encode(architecture: int, values: int, *numbers: int) -> Any:
     from turboquant_kernels.packed_kv.encode import encode_tokens
 
-    numbers = ("start", "encoded", "count", "blocks", "heads", "touched")
-    types = {"x_ptr": "*i32", "words_ptr": "*i32", "norms_ptr": "*fp16", "factors_ptr": "*fp32"}
-    types |= {"thresholds_ptr": "*fp32", "root": "fp32"} | dict.fromkeys(numbers, "i32")
+    parts = tuple(numbers[i : i + 7] for i in range(0, len(numbers), 7))
+    counts = ("start", "encoded", "count", "blocks", "heads", "touched")
+    types = {"x_ptr": "*i32" if len(parts) == 1 else "*bf16", "words_ptr": "*i32", "norms_ptr": "*fp16"}
+    types |= {"factors_ptr": "*fp32", "thresholds_ptr": "*fp32"} | dict.fromkeys(counts, "i32")
     types |= dict.fromkeys(("row_stride", "head_stride", "token_stride"), "i32")
-    constants: dict[str, Any] = {"start_ptr": None, "encoded_ptr": None}
-    if other_bits:
-        types |= {"other_words_ptr": "*i32", "other_thresholds_ptr": "*fp32"}
-    else:
-        constants |= {"other_words_ptr": None, "other_thresholds_ptr": None}
-    constants |= {"BITS": bits, "OTHER_BITS": other_bits, "UNITS": dim // 32}
-    constants |= {"FIRST_UNITS": first_units or dim // 32}
-    constants |= {"LOG": dim.bit_length() - 1, "ROUNDS": 3, "VALUES": bool(values), "PTX": True}
-    return compiled(encode_tokens, types, constants, architecture, max(1, dim // 128))
+    if len(parts) == 2:
+        types |= {"order_ptr": "*u8", "more_norms_ptr": "*fp16", "more_factors_ptr": "*fp32"}
+    if len(parts) == 2 or parts[0][2]:
+        types |= {"more_words_ptr": "*i32", "more_thresholds_ptr": "*fp32"}
+    constants: dict[str, Any] = {"PARTS": parts, "VALUES": bool(values), "PTX": True}
+    constants |= dict.fromkeys(n for n in encode_tokens.arg_names if n.endswith("_ptr") and n not in types)
+    return compiled(encode_tokens, types, constants, architecture, 1)
 
 
 def rotate(architecture: int, dim: int, inverse: int) -> Any:

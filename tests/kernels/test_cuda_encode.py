@@ -39,16 +39,24 @@ def test_rotations_have_the_cpus_bytes(rows, dim, dtype) -> None:
 
 @pytest.mark.parametrize("capacity", [None, 3000])
 @pytest.mark.parametrize(
-    ("dim", "parts", "dtype"),
+    ("dim", "parts", "dtype", "split"),
     [
-        *((dim, ((dim, bits),), torch.bfloat16) for dim in (64, 128, 256) for bits in (1, 2, 3, 4)),
-        (128, ((32, 4), (96, 3)), torch.float16),
-        (128, ((32, 3), (96, 2)), torch.float32),
-        (256, ((64, 2), (192, 1)), torch.bfloat16),
+        *(
+            (dim, ((dim, bits),), torch.bfloat16, "oblivious")
+            for dim in (64, 96, 128, 256)
+            for bits in (1, 2, 3, 4)
+        ),
+        (128, ((32, 4), (96, 3)), torch.float16, "oblivious"),
+        (128, ((32, 3), (96, 2)), torch.float32, "oblivious"),
+        (256, ((64, 2), (192, 1)), torch.bfloat16, "oblivious"),
+        (256, ((192, 4), (64, 3)), torch.float16, "oblivious"),
+        (128, ((32, 4), (96, 3)), torch.bfloat16, "outlier"),
+        (128, ((64, 3), (64, 2)), torch.float32, "outlier"),
+        (256, ((64, 3), (192, 2)), torch.bfloat16, "outlier"),
     ],
     ids=str,
 )
-def test_codes_of_a_prefill_are_the_cpus_bytes(dim, parts, dtype, capacity) -> None:
+def test_codes_of_a_prefill_are_the_cpus_bytes(dim, parts, dtype, split, capacity) -> None:
     keys, values = (normal(2, 3, 2500, dim, seed=s, dtype=dtype) for s in (1, 2))
     keys[:, :, :, 7] *= 20
     keys[0, 1, 490] = 0
@@ -57,7 +65,7 @@ def test_codes_of_a_prefill_are_the_cpus_bytes(dim, parts, dtype, capacity) -> N
         values[1, 1, 492, 3] = torch.inf
     stores = []
     for device in ("cpu", "cuda"):
-        codecs = (vector_codec(dim, parts, seed=s, split="oblivious") for s in (1, 2))
+        codecs = (vector_codec(dim, parts, seed=s, split=split) for s in (1, 2))
         kv = PackedKV(*codecs, window=40, sinks=3, capacity=capacity)
         start = 0
         for count in (1000, 37, 500, 900, 63):

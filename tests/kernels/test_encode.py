@@ -40,11 +40,12 @@ def bytes_of(kv: PackedKV) -> list[Tensor]:
     return [t.reshape(-1).view(torch.uint8) for half in halves for t in (*half.words, *half.scales)]
 
 
-def fill(dim, parts, window, sinks, capacity, dtype) -> PackedKV:
-    codecs = [vector_codec(dim, parts, seed=seed, split="oblivious") for seed in (1, 2)]
+def fill(dim, parts, window, sinks, capacity, dtype, split) -> PackedKV:
+    codecs = [vector_codec(dim, parts, seed=seed, split=split) for seed in (1, 2)]
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
     heads = 2 if dim == 64 else 1
     keys, values = (normal(1, heads, 110, dim, seed=s).to(dtype) for s in (3, 4))
+    keys[:, :, :, 5::9] *= 7
     keys[0, 0, 20] = 0
     keys[0, 0, 21] *= 1e-14
     keys[0, 0, 22, :3] = torch.tensor([1.0, -1.0, 0.5])
@@ -64,28 +65,33 @@ def fill(dim, parts, window, sinks, capacity, dtype) -> PackedKV:
 
 
 @pytest.mark.parametrize(
-    ("dim", "parts", "window", "sinks", "capacity", "dtype"),
+    ("dim", "parts", "window", "sinks", "capacity", "dtype", "split"),
     [
-        (128, ((128, 4),), 0, 0, None, torch.float32),
-        (128, ((128, 3),), 9, 4, None, torch.float16),
-        (128, ((128, 2),), 0, 0, 150, torch.float16),
-        (128, ((128, 1),), 33, 0, 150, torch.float32),
-        (64, ((64, 4),), 0, 3, None, torch.float16),
-        (64, ((64, 3),), 0, 0, 150, torch.float32),
-        (64, ((64, 1),), 0, 0, None, torch.float32),
-        (256, ((256, 2),), 0, 0, None, torch.float16),
-        (128, ((32, 4), (96, 3)), 0, 0, 150, torch.float16),
-        (128, ((32, 2), (96, 1)), 0, 0, None, torch.float32),
-        (256, ((64, 3), (192, 2)), 0, 0, None, torch.float32),
+        (128, ((128, 4),), 0, 0, None, torch.bfloat16, "oblivious"),
+        (128, ((128, 3),), 9, 4, None, torch.float16, "oblivious"),
+        (128, ((128, 2),), 0, 0, 150, torch.float16, "oblivious"),
+        (128, ((128, 1),), 33, 0, 150, torch.float32, "oblivious"),
+        (64, ((64, 4),), 0, 3, None, torch.float16, "oblivious"),
+        (64, ((64, 3),), 0, 0, 150, torch.bfloat16, "oblivious"),
+        (64, ((64, 1),), 0, 0, None, torch.float32, "oblivious"),
+        (256, ((256, 2),), 0, 0, None, torch.float16, "oblivious"),
+        (128, ((32, 4), (96, 3)), 0, 0, 150, torch.float16, "oblivious"),
+        (128, ((32, 2), (96, 1)), 0, 0, None, torch.float32, "oblivious"),
+        (256, ((64, 3), (192, 2)), 0, 0, None, torch.float32, "oblivious"),
+        (96, ((96, 4),), 0, 0, None, torch.bfloat16, "oblivious"),
+        (96, ((32, 3), (64, 2)), 9, 3, None, torch.float32, "oblivious"),
+        (128, ((32, 4), (96, 3)), 0, 2, None, torch.bfloat16, "outlier"),
+        (128, ((64, 3), (64, 2)), 0, 0, 150, torch.float16, "outlier"),
+        (256, ((64, 2), (192, 1)), 0, 0, None, torch.float32, "outlier"),
     ],
     ids=str,
 )
-def test_bytes_are_the_same(dim, parts, window, sinks, capacity, dtype, interpreted) -> None:
-    expected = fill(dim, parts, window, sinks, capacity, dtype)
+def test_bytes_are_the_same(dim, parts, window, sinks, capacity, dtype, split, interpreted) -> None:
+    expected = fill(dim, parts, window, sinks, capacity, dtype, split)
     assert expected.encoding == "torch"
     with interpreted.context() as patch:
         patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
-        found = fill(dim, parts, window, sinks, capacity, dtype)
+        found = fill(dim, parts, window, sinks, capacity, dtype, split)
     assert found.encoding == "triton"
     assert int(expected.encoded) == int(found.encoded) > 64
     for a, b in zip(bytes_of(expected), bytes_of(found), strict=True):
@@ -133,7 +139,7 @@ def test_coordinates_on_a_threshold(bits, interpreted) -> None:
     for codec in codecs:
         words = torch.zeros(1, 1, 2, 64 * bits, dtype=torch.int32)
         norms = torch.zeros(1, 1, 64, dtype=torch.float16)
-        fused.encode(codec, x, [words], norms, 0, 0, "key")
+        fused.encode(codec, x, [words], [norms], 0, 0, "key")
         found.append(layout.unpack(words, bits, 64, "key").flatten(2, 3))
         assert torch.equal(found[-1], codec.encode(x)[0][0])
     on, above, below = found

@@ -158,7 +158,7 @@ def checks() -> dict[str, Callable[[], int]]:
         x[..., 5] *= 30
         x[0, 0, 7], x[0, 1, 8], x[0, 2, 9, 3] = 0, 1e-13, float("nan")
         store = room(codec, 2, 8, 4096)
-        fused.encode(codec, x, store.words, store.norms, 0, 0, side)
+        fused.encode(codec, x, store.words, [store.norms], 0, 0, side)
         expected = encoded_by_torch(codec, x, side)
         return wrong_bytes([*store.words, store.norms], [*expected.words, expected.norms])
 
@@ -258,7 +258,7 @@ def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
             stores = [room(codec, 1, heads, tokens) for _ in inputs]
             timing = time_launches(
                 [
-                    partial(fused.encode, codec, x, store.words, store.norms, 0, 0, side)
+                    partial(fused.encode, codec, x, store.words, [store.norms], 0, 0, side)
                     for x, store in zip(inputs, stores, strict=True)
                 ]
             )

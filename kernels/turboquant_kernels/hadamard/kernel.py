@@ -10,15 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turboquant_kernels.hadamard.reference import hadamard_seed
+
 __all__ = [
+    "blocks_of",
+    "butterflies",
     "columns",
     "hadamard",
     "inverse_tile",
+    "rotate_blocks",
     "rotate_few",
     "rotate_rows",
     "rotate_tile",
     "sum_of_squares",
+    "sum_of_squares_of_blocks",
+    "unit_of",
 ]
+
+# Bit j of number i: whether H_12 has a -1 there.
+_NEGATIVE = tl.constexpr([sum((row[j] < 0) << j for j in range(12)) for row in hadamard_seed(12).tolist()])
+
 
 
 @triton.jit
@@ -71,7 +82,7 @@ def _pairs(words, WORDS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _butterflies(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
+def butterflies(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     """H of the columns of x, (DIM, ROWS): additions and subtractions of stride 1, 2, 4, ..."""
     for s in tl.static_range(LOG):
         y = tl.reshape(x, [DIM >> (s + 1), 2, 1 << s, ROWS])
@@ -87,21 +98,86 @@ def rotate_tile(
     """Rounds of factors and butterflies of the columns of x, (DIM, ROWS) float32."""
     for k in tl.static_range(ROUNDS):
         x = x * tl.load(factors_ptr + k * DIM + tl.arange(0, DIM))[:, None]
-        x = _butterflies(x, DIM, LOG, ROWS)
+        x = butterflies(x, DIM, LOG, ROWS)
     return x
 
 
 @triton.jit
-def sum_of_squares(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS,) of the columns of x, (DIM, ROWS): added in halves, as `packed_kv.codec` does."""
-    y = x * x
-    if DIM == 256:  # between warps
-        a, b = tl.split(tl.permute(tl.reshape(y, [2, DIM // 2, ROWS]), [1, 2, 0]))
-        y = a + b
-    for k in tl.static_range(1 if DIM == 256 else 0, LOG):
+def sum_of_squares(
+    x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, SQUARES: tl.constexpr = False
+):
+    """(ROWS,) of the columns of x, (DIM, ROWS), or of squares: added in halves, as `packed_kv.codec` does."""
+    y = x if SQUARES else x * x
+    for k in tl.static_range(LOG):
         # A sum of two, where a split would have the compiler load x once more in another order.
         y = tl.sum(tl.reshape(y, [2, DIM >> (k + 1), ROWS]), 0)
     return tl.reshape(y, [ROWS])
+
+
+@triton.jit
+def _halves(x, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Upper and lower coordinates of columns (SIZE, ROWS)."""
+    return tl.split(tl.permute(tl.reshape(x, [2, SIZE // 2, ROWS]), [1, 2, 0]))
+
+
+@triton.jit
+def _stacked(a, b, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Inverse of `_halves`."""
+    return tl.reshape(tl.permute(tl.join(a, b), [2, 0, 1]), [SIZE, ROWS])
+
+
+@triton.jit
+def blocks_of(x, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Columns (4 SIZE, ROWS) as four of (SIZE, ROWS): twelve of them are columns of length 12 * 2^k."""
+    upper, lower = _halves(x, 4 * SIZE, ROWS)
+    a, b = _halves(upper, 2 * SIZE, ROWS)
+    c, d = _halves(lower, 2 * SIZE, ROWS)
+    return (a, b, c, d)
+
+
+@triton.jit
+def unit_of(blocks, UNIT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Coordinates 32 UNIT .. 32 UNIT + 31 of twelve blocks of 8 or 16, (32, ROWS)."""
+    if SIZE == 8:
+        upper = _stacked(blocks[4 * UNIT], blocks[4 * UNIT + 1], 16, ROWS)
+        lower = _stacked(blocks[4 * UNIT + 2], blocks[4 * UNIT + 3], 16, ROWS)
+    else:
+        upper, lower = blocks[2 * UNIT], blocks[2 * UNIT + 1]
+    return _stacked(upper, lower, 32, ROWS)
+
+
+@triton.jit
+def rotate_blocks(
+    blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
+):
+    """As `rotate_tile`, of twelve blocks: after the butterflies H_12, whose terms are added in their order."""
+    for k in tl.static_range(ROUNDS):
+        terms = ()
+        for j in tl.static_range(12):
+            factors = tl.load(factors_ptr + (k * 12 + j) * SIZE + tl.arange(0, SIZE))
+            terms = terms + (butterflies(blocks[j] * factors[:, None], SIZE, LOG, ROWS),)
+        blocks = ()
+        for i in tl.static_range(12):
+            total = -terms[0] if _NEGATIVE[i] & 1 else terms[0]
+            for j in tl.static_range(1, 12):
+                total = total - terms[j] if (_NEGATIVE[i] >> j) & 1 else total + terms[j]
+            blocks = blocks + (total,)
+    return blocks
+
+
+@triton.jit
+def sum_of_squares_of_blocks(blocks, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
+    """As `sum_of_squares`, of twelve blocks: in halves until three are left, of which the last is added first."""
+    y = ()
+    for i in tl.static_range(6):
+        y = y + (blocks[i] * blocks[i] + blocks[i + 6] * blocks[i + 6],)
+    a, b, c = y[0] + y[3], y[1] + y[4], y[2] + y[5]
+    for k in tl.static_range(LOG):
+        a0, a1 = _halves(a, SIZE >> k, ROWS)
+        b0, b1 = _halves(b, SIZE >> k, ROWS)
+        c0, c1 = _halves(c, SIZE >> k, ROWS)
+        a, b, c = a0 + b1, a1 + c0, b0 + c1
+    return tl.reshape((a + c) + b, [ROWS])
 
 
 @triton.jit
@@ -110,7 +186,7 @@ def inverse_tile(
 ):
     """Undo `rotate_tile`: the rounds backwards, butterflies before factors."""
     for k in tl.static_range(ROUNDS):
-        z = _butterflies(z, DIM, LOG, ROWS)
+        z = butterflies(z, DIM, LOG, ROWS)
         z = z * tl.load(factors_ptr + (ROUNDS - 1 - k) * DIM + tl.arange(0, DIM))[:, None]
     return z
 

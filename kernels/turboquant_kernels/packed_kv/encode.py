@@ -14,7 +14,16 @@ import struct
 import triton
 import triton.language as tl
 
-from turboquant_kernels.hadamard.kernel import columns, rotate_tile, sum_of_squares
+from turboquant_kernels.hadamard.kernel import (
+    blocks_of,
+    butterflies,
+    columns,
+    rotate_blocks,
+    rotate_tile,
+    sum_of_squares,
+    sum_of_squares_of_blocks,
+    unit_of,
+)
 
 __all__ = ["encode_tokens"]
 
@@ -143,6 +152,24 @@ def _exchange_of_keys() -> str:
     return "{ .reg .pred p; .reg .b32 x, w0, w1, w2, w3; " + " ".join(lines) + "}"
 
 
+
+
+def _between_halves(instruction: str, operands: int) -> str:
+    """PTX of an instruction on eight folded coordinates and those of their tokens' other halves, its last operand.
+
+    A barrier of the warp keeps the compiler from fetching all others at once, for which it lacks registers.
+    """
+    lines = []
+    for i in range(8):
+        inputs = "".join(f"${8 * k + 8 + i}, " for k in range(operands))
+        lines += [f"shfl.sync.bfly.b32 b, ${8 + i}, 16, 0x1f, 0xffffffff;", f"{instruction} ${i}, {inputs}b;"]
+    return "{ .reg .f32 b; " + " ".join(lines) + " bar.warp.sync 0xffffffff; }"
+
+
+_SUM_OF_HALVES = tl.constexpr(_between_halves("add.rn.f32", 1))
+# a + b where the second operand is 1, and b - a where it is -1: that product is exact.
+_LAST_BUTTERFLY = tl.constexpr(_between_halves("fma.rn.f32", 2))
+_OF_EIGHT, _OF_EIGHT_PAIRS = (tl.constexpr(",".join(["=&f"] * 8 + ["f"] * n)) for n in (8, 16))
 _EXCHANGE_OF_KEYS = tl.constexpr(_exchange_of_keys())
 _EXCHANGE_1, _EXCHANGE_2, _EXCHANGE_3 = (tl.constexpr(_exchange_of_values(words, False)) for words in (1, 2, 3))
 _EXCHANGE_4 = tl.constexpr(_exchange_of_values(4, True))
@@ -437,19 +464,24 @@ def _rows_by_lanes(y, at, usual, token, UNITS: tl.constexpr, BITS: tl.constexpr,
 
 @triton.jit
 def _store_words(
-    words, words_ptr, low, high,
+    words, words_ptr, low, high, sub,
     FIRST: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Write words K, K + 1, ... of each unit from FIRST on, (32, units, words), of a run of TOTAL words.
 
-    With more words than a unit has, those of the next follow.
+    With more words than a unit has, those of the next follow; those of no unit of the run are left out. Rows
+    are those of `_encode_part`.
     """
     UNITS: tl.constexpr = words.shape[1]
     COUNT: tl.constexpr = words.shape[2]
-    token = tl.arange(0, 32)[:, None, None]
+    row = tl.arange(0, 32)[:, None, None]
+    token = sub * 16 + row % 16 if FOLDED else row
     lane = _lane_of_values(token) if VALUES else token
     k = K + tl.arange(0, COUNT)[None, None, :]
     word = tl.arange(0, UNITS)[None, :, None] * max(COUNT, BITS) + FIRST * BITS + k
+    if FOLDED:
+        word += row // 16 * (4 * BITS)
     FOURS: tl.constexpr = TOTAL // 4
     in_fours = word // 4 * 128 + lane * 4 + word % 4
     if TOTAL % 4 == 0:
@@ -459,22 +491,23 @@ def _store_words(
         in_one = 32 * (TOTAL - 1) + lane
         rest = tl.where(word < 4 * FOURS + TOTAL % 4 // 2 * 2, in_two, in_one)
         at = words_ptr + tl.where(word < 4 * FOURS, in_fours, rest)
+    held = (word >= 0) & (word < TOTAL) & (lane >= 0)
     if low > 0 or high < 32:
         k = k % BITS
         masks = _fresh_nibbles(lane, low, high, BITS) if VALUES else _fresh_rows(lane, k, low, high, BITS)
         if low < high:
-            tl.store(at, (tl.load(at) & ~masks) | (words & masks))
+            tl.store(at, (tl.load(at, mask=held, other=0) & ~masks) | (words & masks), mask=held)
     else:
-        tl.store(at, words)
+        tl.store(at, words, mask=held)
 
 
 @triton.jit
 def _encode_run(
-    z, words_ptr, thresholds_ptr, usual, low, high,
+    z, words_ptr, thresholds_ptr, usual, low, high, sub,
     FIRST: tl.constexpr, UNITS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
-    PTX: tl.constexpr,
+    FOLDED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write codes of z, (UNITS * 32, 32 tokens), units FIRST, ... of a run of RUN units at words_ptr.
+    """Write codes of z, (UNITS * 32, 32 rows), units FIRST, ... of a run of RUN units at words_ptr.
 
     Tokens that are not `usual` (32,) get the codes of zero; of those outside low .. high - 1 nothing changes.
     """
@@ -492,49 +525,55 @@ def _encode_run(
     TOTAL: tl.constexpr = RUN * BITS
     word0, word1, word2, word3 = tl.trans(word0), tl.trans(word1), tl.trans(word2), tl.trans(word3)
     if BITS == 4:
-        _store_words(_joined(word0, word1, word2, word3), words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
+        _store_words(_joined(word0, word1, word2, word3), words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
     elif BITS == 3:
-        _store_words(word0[:, :, None], words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
-        _store_words(word1[:, :, None], words_ptr, low, high, FIRST, TOTAL, 1, BITS, VALUES)
-        _store_words(word2[:, :, None], words_ptr, low, high, FIRST, TOTAL, 2, BITS, VALUES)
+        _store_words(word0[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
+        _store_words(word1[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 1, BITS, VALUES, FOLDED)
+        _store_words(word2[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 2, BITS, VALUES, FOLDED)
     elif BITS == 2:
         words = tl.join(word0, word1)
         if UNITS % 2 == 0 and FIRST % 2 == 0:
             words = tl.reshape(words, [32, UNITS // 2, 4])  # four words of a lane lie together
-        _store_words(words, words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
+        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
     else:
         words = word0[:, :, None]
         if UNITS % 4 == 0 and FIRST % 4 == 0:
             words = tl.reshape(word0, [32, UNITS // 4, 4])
-        _store_words(words, words_ptr, low, high, FIRST, TOTAL, 0, BITS, VALUES)
+        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
 
 
 @triton.jit
 def _encode_units(
-    z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high,
+    z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub,
     FROM: tl.constexpr, UNITS: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr,
-    OTHER_BITS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    OTHER_BITS: tl.constexpr, VALUES: tl.constexpr, FOLDED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Write codes of units FROM .. FROM + UNITS - 1 of ALL, of which the FIRST ones are the first run."""
-    if FROM + UNITS <= FIRST:
+    """Write codes of units FROM .. FROM + UNITS - 1 of ALL, of which the FIRST ones are the first run.
+
+    Of folded rows, those of the second half are four units further on.
+    """
+    LAST: tl.constexpr = FROM + UNITS + (4 if FOLDED else 0)
+    # Where the halves of folded rows are of different runs, both quantise all, and what is not theirs is left out.
+    APART: tl.constexpr = FOLDED and FROM + UNITS <= FIRST and FIRST <= FROM + 4
+    if LAST <= FIRST or APART:
         _encode_run(
-            z, words_ptr, thresholds_ptr, usual, low, high, FROM, UNITS, FIRST, BITS, VALUES, PTX
+            z, words_ptr, thresholds_ptr, usual, low, high, sub, FROM, UNITS, FIRST, BITS, VALUES, FOLDED, PTX
         )
-    elif FROM >= FIRST:
+    if FROM >= FIRST or APART:
         _encode_run(
-            z, other_words_ptr, other_thresholds_ptr, usual, low, high, FROM - FIRST, UNITS, ALL - FIRST,
-            OTHER_BITS, VALUES, PTX,
+            z, other_words_ptr, other_thresholds_ptr, usual, low, high, sub, FROM - FIRST, UNITS, ALL - FIRST,
+            OTHER_BITS, VALUES, FOLDED, PTX,
         )  # fmt: skip
-    else:
+    if LAST > FIRST and FROM < FIRST and not APART:
         HALF: tl.constexpr = UNITS // 2
         a, b = tl.split(tl.permute(tl.reshape(z, [2, HALF * 32, 32]), [1, 2, 0]))
         _encode_units(
-            a, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, FROM, HALF,
-            ALL, FIRST, BITS, OTHER_BITS, VALUES, PTX,
+            a, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub, FROM,
+            HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
         )  # fmt: skip
         _encode_units(
-            b, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, FROM + HALF,
-            HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, PTX,
+            b, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub,
+            FROM + HALF, HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
         )  # fmt: skip
 
 
@@ -545,27 +584,127 @@ def _joined(a, b, c, d):
     return tl.reshape(y, [32, a.shape[1], 4])
 
 
+@triton.jit
+def _encode_part(
+    x_ptr, order_ptr, words_ptr, other_words_ptr, norms_ptr, factors_ptr, thresholds_ptr,
+    other_thresholds_ptr, place, low, high, sub, token_stride,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr, FIRST_UNITS: tl.constexpr,
+    M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """As `encode_tokens`, the block `place` of all, for the channels of a head that share a norm.
+
+    A row is a token; of 256 channels, rows are folded: 16 tokens' first halves and their second halves.
+    """
+    UNITS: tl.constexpr = WIDTH // 32
+    RUN: tl.constexpr = FIRST_UNITS if OTHER_BITS > 0 else UNITS
+    FOLDED: tl.constexpr = WIDTH == 256
+    row = tl.arange(0, 32)
+    token = sub * 16 + row % 16 if FOLDED else row
+    fresh = (token >= low) & (token < high)
+    x_ptr += token[:, None] * token_stride
+    if FOLDED:
+        x_ptr += (row // 16 * (64 if x_ptr.dtype.element_ty == tl.int32 else 128))[:, None]
+        x = _columns(x_ptr, order_ptr, fresh[:, None], 0, 128)
+        total = sum_of_squares(_with_other_half(x * x, PTX), 128, 7, 32, SQUARES=True)
+        z = _rotate_folded(x, factors_ptr, ROUNDS, PTX)
+    elif M == 1:
+        x = _columns(x_ptr, order_ptr, fresh[:, None], 0, WIDTH)
+        total = sum_of_squares(x, WIDTH, LOG, 32)
+        z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS)
+    else:
+        SIZE: tl.constexpr = WIDTH // M
+        z = blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 0, 4 * SIZE), SIZE, 32)
+        z = z + blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 1, 4 * SIZE), SIZE, 32)
+        z = z + blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 2, 4 * SIZE), SIZE, 32)
+        total = sum_of_squares_of_blocks(z, SIZE, LOG, 32)
+        z = rotate_blocks(z, factors_ptr, SIZE, LOG, 32, ROUNDS)
+    norm = tl.sqrt_rn(total)
+    tl.store(norms_ptr + place * 32 + token, norm.to(tl.float16), mask=fresh & (row < (16 if FOLDED else 32)))
+    root = tl.full([32], WIDTH**0.5, tl.float32)
+    factor = tl.where(total > 1e-25, tl.div_rn(root, norm), 0.0)[None, :]
+    usual = total < float("inf")
+    words_ptr += place * (RUN * 32 * BITS)
+    if OTHER_BITS > 0:
+        other_words_ptr += place * ((UNITS - RUN) * 32 * OTHER_BITS)
+    if M == 1:
+        # Adding +0 keeps all but -0, which is not below the threshold 0.
+        z = tl.fma(z, tl.broadcast_to(factor, z.shape), 0.0)
+        _encode_units(
+            z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub, 0,
+            min(UNITS, 4), UNITS, RUN, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
+        )  # fmt: skip
+    else:
+        for unit in tl.static_range(UNITS):
+            part = tl.fma(unit_of(z, unit, SIZE, 32), tl.broadcast_to(factor, [32, 32]), 0.0)
+            _encode_units(
+                part, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high,
+                sub, unit, 1, UNITS, RUN, BITS, OTHER_BITS, VALUES, False, PTX,
+            )  # fmt: skip
+
+
+@triton.jit
+def _with_other_half(x, PTX: tl.constexpr):
+    """Folded columns (128, 32 rows) plus those of their tokens' other halves."""
+    if PTX:
+        return tl.inline_asm_elementwise(_SUM_OF_HALVES, _OF_EIGHT, [x], tl.float32, False, 8)
+    y = tl.reshape(x, [128, 2, 16])
+    a, b = tl.split(tl.permute(y, [0, 2, 1]))
+    return tl.reshape(tl.permute(tl.join(a + b, a + b), [0, 2, 1]), [128, 32])
+
+
+@triton.jit
+def _rotate_folded(x, factors_ptr, ROUNDS: tl.constexpr, PTX: tl.constexpr):
+    """As `rotate_tile`, of folded columns: the last butterfly is between halves."""
+    second = (tl.arange(0, 32) >= 16)[None, :]
+    sign = tl.where(second, -1.0, 1.0)
+    for k in tl.static_range(ROUNDS):
+        at = factors_ptr + k * 256 + tl.arange(0, 128)
+        x = x * tl.where(second, tl.load(at + 128)[:, None], tl.load(at)[:, None])
+        x = butterflies(x, 128, 7, 32)
+        if PTX:
+            x = tl.inline_asm_elementwise(
+                _LAST_BUTTERFLY, _OF_EIGHT_PAIRS, [x, sign], tl.float32, False, 8
+            )
+        else:
+            a, b = tl.split(tl.permute(tl.reshape(x, [128, 2, 16]), [0, 2, 1]))
+            x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [128, 32])
+    return x
+
+
+@triton.jit
+def _columns(x_ptr, order_ptr, fresh, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels PIECE * WIDTH, ... of the tokens whose rows (32, 1) are at x_ptr, as `columns`."""
+    LOADS: tl.constexpr = WIDTH // 2 if x_ptr.dtype.element_ty == tl.int32 else WIDTH
+    channel = PIECE * LOADS + tl.arange(0, LOADS)
+    if order_ptr is not None:
+        channel = tl.load(order_ptr + channel).to(tl.int32)
+    return columns(tl.load(x_ptr + channel[None, :], mask=fresh, other=0), WIDTH, 32)
+
+
 @triton.jit(do_not_specialize=["start", "encoded", "count", "blocks", "heads", "touched"])
 def encode_tokens(
-    x_ptr, words_ptr, other_words_ptr, norms_ptr, factors_ptr, thresholds_ptr, other_thresholds_ptr,
-    start_ptr, encoded_ptr, start, encoded, count, blocks, heads, touched, row_stride, head_stride,
-    token_stride, root,
-    BITS: tl.constexpr, OTHER_BITS: tl.constexpr, UNITS: tl.constexpr, FIRST_UNITS: tl.constexpr,
-    LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, factors_ptr, more_factors_ptr,
+    thresholds_ptr, more_thresholds_ptr, start_ptr, encoded_ptr, start, encoded, count, blocks, heads, touched,
+    row_stride, head_stride, token_stride,
+    PARTS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Encode tokens start .. start + count - 1 of all heads, but none below `encoded`.
 
-    Program ((batch * heads + head) * touched + number of the block among those touched).
+    Program ((batch * heads + head) * touched + number of the block among those touched) * pieces + piece: the
+    channels of a head that share a norm are a part, or two. A piece is a part, or half the tokens of 256 channels.
 
     Args:
-        x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 as
-            (batch, heads, count, dim / 2) int32.
-        words_ptr: (batch, heads, blocks, FIRST_UNITS * 32 * BITS) int32: the first run's.
-        other_words_ptr: (batch, heads, blocks, (UNITS - FIRST_UNITS) * 32 * OTHER_BITS) int32, or None.
-        norms_ptr: (batch, heads, blocks * 32) float16.
-        factors_ptr: (ROUNDS, dim) float32: signs over sqrt(dim).
-        thresholds_ptr: (2^BITS - 1,) float32.
-        other_thresholds_ptr: (2^OTHER_BITS - 1,) float32, or None.
+        x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 in
+            the order of its channels as (batch, heads, count, dim / 2) int32.
+        order_ptr: (heads, dim) uint8: the channels of each head, one part after another; None: in order.
+        words_ptr: (batch, heads, blocks, width * bits) int32 of the first run.
+        more_words_ptr: The same of the second run, or None.
+        norms_ptr: (batch, heads, blocks * 32) float16 of the first part.
+        more_norms_ptr: The same of the second part, or None.
+        factors_ptr: (rounds, width) float32: signs over sqrt(width), of the first part.
+        more_factors_ptr: The same of the second part, or None.
+        thresholds_ptr: (2^bits - 1,) float32 of the first run.
+        more_thresholds_ptr: The same of the second run, or None.
         start_ptr: () int64 to use instead of `start`, or None.
         encoded_ptr: () int64 to use instead of `encoded`, or None.
         start: Number of the first token.
@@ -577,47 +716,42 @@ def encode_tokens(
         row_stride: Of x, in elements.
         head_stride: Of x.
         token_stride: Of x.
-        root: sqrt(dim).
-        BITS: Bits a code, 1..4.
-        OTHER_BITS: Of the second run; 0 if there is none.
-        UNITS: dim // 32, a power of two.
-        FIRST_UNITS: Units of 32 rotated coordinates in the first run.
-        LOG: log2(dim).
-        ROUNDS: Of the rotation.
+        PARTS: (width, bits, bits of a second run or 0, units of the first run, m, log2(width / m), rounds)
+            of each part, as `fused` makes them; m is 1 or 12.
         VALUES: Whether words are laid out as values are.
         PTX: Whether to quantise by instructions of the device, which the interpreter does not know.
     """
-    DIM: tl.constexpr = UNITS * 32
-    head = (tl.program_id(0) // touched).to(tl.int64)
+    PIECES: tl.constexpr = 2 if PARTS[0][0] == 256 else len(PARTS)
+    program, sub = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
+    head = (program // touched).to(tl.int64)
     if start_ptr is not None:
         start = tl.load(start_ptr)
     if encoded_ptr is not None:
         encoded = tl.load(encoded_ptr)
-    block = start // 32 + tl.program_id(0) % touched
+    block = start // 32 + program % touched
     # The tokens of this block that are written; none where numbers are negative, or beyond the room.
     low = tl.maximum(tl.maximum(start, encoded) - block * 32, 0).to(tl.int32)
     high = tl.minimum(tl.minimum(start + count, blocks * 32) - block * 32, 32).to(tl.int32)
-    token = tl.arange(0, 32)
-    fresh = (token >= low) & (token < high)
     before = (block * 32 - start).to(tl.int64) * token_stride
     x_ptr += head // heads * row_stride + head % heads * head_stride + before
-    LOADS: tl.constexpr = DIM // 2 if x_ptr.dtype.element_ty == tl.int32 else DIM
-    at = token[:, None] * token_stride + tl.arange(0, LOADS)[None, :]
-    x = columns(tl.load(x_ptr + at, mask=fresh[:, None], other=0), DIM, 32)
-    total = sum_of_squares(x, DIM, LOG, 32)
-    norm = tl.sqrt_rn(total)
     place = head * blocks + block
-    tl.store(norms_ptr + place * 32 + token, norm.to(tl.float16), mask=fresh)
-    factor = tl.where(total > 1e-25, tl.div_rn(root, norm), 0.0)
-    # Adding +0 keeps all but -0, which is not below the threshold 0.
-    z = tl.fma(
-        rotate_tile(x, factors_ptr, DIM, LOG, 32, ROUNDS), tl.broadcast_to(factor[None, :], [DIM, 32]), 0.0
-    )
-    usual = total < float("inf")
-    other_ptr = other_words_ptr
-    if OTHER_BITS > 0:
-        other_ptr += place * ((UNITS - FIRST_UNITS) * 32 * OTHER_BITS)
-    _encode_units(
-        z, words_ptr + place * (FIRST_UNITS * 32 * BITS), other_ptr, thresholds_ptr, other_thresholds_ptr,
-        usual, low, high, 0, UNITS, UNITS, FIRST_UNITS, BITS, OTHER_BITS, VALUES, PTX,
-    )  # fmt: skip
+    if len(PARTS) == 1:
+        _encode_part(
+            x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, factors_ptr, thresholds_ptr,
+            more_thresholds_ptr, place, low, high, sub, token_stride, PARTS[0][0], PARTS[0][1], PARTS[0][2],
+            PARTS[0][3], PARTS[0][4], PARTS[0][5], PARTS[0][6], VALUES, PTX,
+        )  # fmt: skip
+    else:
+        order_ptr += head % heads * (PARTS[0][0] + PARTS[1][0])
+        if sub == 0:
+            _encode_part(
+                x_ptr, order_ptr, words_ptr, None, norms_ptr, factors_ptr, thresholds_ptr, None, place, low,
+                high, sub, token_stride, PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5],
+                PARTS[0][6], VALUES, PTX,
+            )  # fmt: skip
+        else:
+            _encode_part(
+                x_ptr, order_ptr + PARTS[0][0], more_words_ptr, None, more_norms_ptr, more_factors_ptr,
+                more_thresholds_ptr, None, place, low, high, sub, token_stride, PARTS[1][0], PARTS[1][1], 0,
+                PARTS[1][3], PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES, PTX,
+            )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from turboquant_kernels import device
 from turboquant_kernels.hadamard.reference import hadamard_order, hadamard_seed_on
-from turboquant_kernels.packed_kv.codec import Codec, GroupCodec, Run, VectorCodec
+from turboquant_kernels.packed_kv.codec import Codec, Run, VectorCodec
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, in_register_order
 
 if TYPE_CHECKING:
     from turboquant_kernels.packed_kv.store import Half
 
 __all__ = ["append", "encode", "encodes", "suits"]
-
-_DIMS = (64, 128, 256)
 
 
 def suits(codec: Codec, token: Tensor) -> bool:
@@ -72,7 +69,7 @@ def append(
         codec, found = half.codec, _parts(half.codec)
         assert found is not None  # for mypy: `suits` asks
         assert isinstance(codec, VectorCodec)
-        runs = [run.thresholds for group in codec.groups for run in group.coded]
+        runs = [run.thresholds for run in _runs(codec)]
         factors = [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
         pairs = [(*x, None)[:2] for x in (half.words, half.scales, factors, runs)]
         pairs.append((half.sinks,))
@@ -97,21 +94,23 @@ def encodes(codec: Codec, x: Tensor) -> bool:
     """Whether `encode` can encode with this codec where the tokens are.
 
     Args:
-        codec: One run or two of 1..4 bits, one norm, thresholds t and -t, and a Hadamard rotation of 64,
-            128 or 256 coordinates are what it can do.
+        codec: As `suits`, and thresholds t and -t.
         x: (B, G, n, D).
 
     Returns:
         Whether it can.
     """
-    return device.has_triton(x) and x.dtype in device.FLOATS and _runs(codec) is not None
+    if not device.has_triton(x) or x.dtype not in device.FLOATS:
+        return False
+    parts = _parts(codec)
+    return parts is not None and all(run.symmetric for run in _runs(codec))
 
 
 def encode(
     codec: Codec,
     x: Tensor,
     words: Sequence[Tensor],
-    norms: Tensor,
+    norms: Sequence[Tensor],
     start: int | Tensor,
     encoded: int | Tensor,
     side: Side,
@@ -122,52 +121,47 @@ def encode(
         codec: One that `encodes`.
         x: (B, G, n, D), tokens start, start + 1, ...
         words: Of each run, (B, G, blocks, width * bits) int32.
-        norms: (B, G, blocks * 32) float16; tokens beyond are left out.
+        norms: Of each part, (B, G, blocks * 32) float16; tokens beyond are left out.
         start: Number of the first token, on the host or () int64 on the device.
         encoded: Tokens that have codes, likewise.
         side: Whether words are laid out as keys or as values.
     """
     from turboquant_kernels.packed_kv.encode import encode_tokens
 
-    found = _runs(codec)
-    assert found is not None  # for mypy: `encodes` asks
-    group, (first, *rest) = found
-    factors: Tensor = group.rotation.factors  # type: ignore[attr-defined]
+    parts = _parts(codec)
+    assert parts is not None  # for mypy: `encodes` asks
+    assert isinstance(codec, VectorCodec)
+    factors = [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
+    thresholds = [run.thresholds for run in _runs(codec)]
+    pairs = chain.from_iterable((*x, None)[:2] for x in (words, norms, factors, thresholds))
     if x.stride(-1) != 1:
         x = x.contiguous()
-    batch, heads, count, dim = x.shape
-    if x.dtype == torch.bfloat16:
-        even = all(stride % 2 == 0 for stride in (*x.stride()[:3], x.storage_offset()))
+    batch, heads, count, _ = x.shape
+    if x.dtype == torch.bfloat16 and codec.order is None:
+        even = all(n % 2 == 0 for n in (*x.stride()[:3], x.storage_offset()))
         x = (x if even else x.contiguous()).view(torch.int32)
     lengths = [n if isinstance(n, Tensor) else None for n in (start, encoded)]
     numbers = [0 if isinstance(n, Tensor) else n for n in (start, encoded)]
     touched = (count + BLOCK - 2) // BLOCK + 1
     if isinstance(start, int):
         touched = -(-(start + count) // BLOCK) - start // BLOCK
-    encode_tokens[(batch * heads * touched,)](
-        x, words[0], words[1] if rest else None, norms, factors, first.thresholds,
-        rest[0].thresholds if rest else None, *lengths, *numbers, count, words[0].shape[2], heads, touched,
-        *x.stride()[:3], math.sqrt(dim), BITS=first.bits, OTHER_BITS=rest[0].bits if rest else 0,
-        UNITS=dim // 32, FIRST_UNITS=first.width // 32, LOG=dim.bit_length() - 1, ROUNDS=factors.shape[0],
-        VALUES=side == "value", PTX=x.is_cuda, num_warps=max(1, dim // 128), enable_fp_fusion=False,
+    pieces = 2 if parts[0][0] == 256 else len(parts)
+    encode_tokens[(batch * heads * touched * pieces,)](
+        x, codec.order, *pairs, *lengths, *numbers, count, words[0].shape[2], heads, touched, *x.stride()[:3],
+        PARTS=parts, VALUES=side == "value", PTX=x.is_cuda, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _runs(codec: Codec) -> tuple[GroupCodec, tuple[Run, ...]] | None:
-    if not isinstance(codec, VectorCodec) or len(codec.groups) != 1 or codec.dim not in _DIMS:
-        return None
-    group = codec.groups[0]
-    if group.sketch is not None or len(group.coded) > 2 or not hasattr(group.rotation, "factors"):
-        return None
-    fits = all(run.symmetric and in_register_order(run.width, run.bits) for run in group.coded)
-    return (group, group.coded) if fits else None
+def _runs(codec: Codec) -> list[Run]:
+    assert isinstance(codec, VectorCodec)
+    return [run for group in codec.groups for run in group.coded]
 
 
 def _parts(codec: Codec) -> tuple[tuple[int, ...], ...] | None:
     """What `append_token` must know of each part of the channels; None if it cannot do one."""
     if not isinstance(codec, VectorCodec) or not codec.fitted or codec.dim > 256:
         return None
-    runs = [run for group in codec.groups for run in group.coded]
+    runs = _runs(codec)
     if len(runs) > 2 or not all(in_register_order(run.width, run.bits) for run in runs):
         return None
     found = []

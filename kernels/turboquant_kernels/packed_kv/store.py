@@ -521,10 +521,10 @@ class PackedKV:
                 return
             self._fit(half, x, start)
         if fused.encodes(half.codec, x):
-            fused.encode(half.codec, x, half.words, half.scales[0], start, self.encoded, half.side)
+            fused.encode(half.codec, x, half.words, half.scales, start, self.encoded, half.side)
             self.encoding = "triton"
             if isinstance(start, int) and x.shape[2] > 1:
-                self._check_norms(half, half.scales[0][:, :, start : start + x.shape[2]])
+                self._check_norms(half, *(n[:, :, start : start + x.shape[2]] for n in half.scales))
             return
         self.encoding = "torch"
         batch, heads, count, dim = x.shape
