@@ -1,12 +1,15 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
-python compiled_encode.py ARCHITECTURE encode VALUES WIDTH BITS OTHER_BITS FIRST_UNITS M LOG ROUNDS ...
-    | rotate HEAD_DIM INVERSE | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
+python compiled_encode.py ARCHITECTURE encode VALUES PART... | rotate HEAD_DIM INVERSE
+    | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
+
+A part is seven numbers, as `encode_tokens` takes them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from typing import Any
@@ -104,13 +107,27 @@ def combine(architecture: int, dim: int, splits: int) -> Any:
     return compiled(combine_splits, types, constants, architecture, 8 if dim > 128 else 4)
 
 
+def rows_are_lanes(kernel: Any) -> bool:
+    """Whether lane t holds row t of every tensor that instructions of a whole warp are given."""
+    text = kernel.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    given = [line for line in text.splitlines() if "elementwise_inline_asm" in line and "shfl" in line]
+    found = [layouts[name] for line in given for name in re.findall(r"tensor<[^>]*, (#\w+)>", line)]
+    lanes = ("lane = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]", "threadsPerWarp = [1, 32]")
+    return bool(found) and all(any(wanted in layout for wanted in lanes) for layout in found)
+
+
 def main(architecture: str, what: str, *numbers: str) -> None:
     kinds = {"encode": encode, "rotate": rotate, "append": append, "raw": raw, "combine": combine}
     kernel = kinds[what](int(architecture), *map(int, numbers))
     sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
-    # A lane takes the coordinates of a whole vector, or of half a vector of 256.
-    print(json.dumps({"sizes": sizes, "whole": whole, "elements": min(128, int(numbers[0]))}))
+    # A lane takes the coordinates of a whole vector, or of half a vector of 256; programs of parts, of a part.
+    widths = [int(n) for n in (numbers[1::7] if what == "encode" else numbers[:1])]
+    found = {"sizes": sizes, "whole": whole, "elements": sum(min(128, width) for width in widths)}
+    if what == "encode":
+        found["rows_are_lanes"] = rows_are_lanes(kernel)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

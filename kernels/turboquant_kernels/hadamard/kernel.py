@@ -31,7 +31,6 @@ __all__ = [
 _NEGATIVE = tl.constexpr([sum((row[j] < 0) << j for j in range(12)) for row in hadamard_seed(12).tolist()])
 
 
-
 @triton.jit
 def hadamard(x, DIM: tl.constexpr, LOG: tl.constexpr):
     """H of one vector (DIM,), spread over a warp or more: the same additions and subtractions."""

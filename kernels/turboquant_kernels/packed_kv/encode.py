@@ -152,8 +152,6 @@ def _exchange_of_keys() -> str:
     return "{ .reg .pred p; .reg .b32 x, w0, w1, w2, w3; " + " ".join(lines) + "}"
 
 
-
-
 def _between_halves(instruction: str, operands: int) -> str:
     """PTX of an instruction on eight folded coordinates and those of their tokens' other halves, its last operand.
 
@@ -171,7 +169,9 @@ _SUM_OF_HALVES = tl.constexpr(_between_halves("add.rn.f32", 1))
 _LAST_BUTTERFLY = tl.constexpr(_between_halves("fma.rn.f32", 2))
 _OF_EIGHT, _OF_EIGHT_PAIRS = (tl.constexpr(",".join(["=&f"] * 8 + ["f"] * n)) for n in (8, 16))
 _EXCHANGE_OF_KEYS = tl.constexpr(_exchange_of_keys())
-_EXCHANGE_1, _EXCHANGE_2, _EXCHANGE_3 = (tl.constexpr(_exchange_of_values(words, False)) for words in (1, 2, 3))
+_EXCHANGE_1, _EXCHANGE_2, _EXCHANGE_3 = (
+    tl.constexpr(_exchange_of_values(words, False)) for words in (1, 2, 3)
+)
 _EXCHANGE_4 = tl.constexpr(_exchange_of_values(4, True))
 _WORDS_1, _WORDS_2, _WORDS_3, _WORDS_4 = (
     tl.constexpr(",".join(["=&r"] * words + ["r"] * (words + 5))) for words in (1, 2, 3, 4)
@@ -525,7 +525,19 @@ def _encode_run(
     TOTAL: tl.constexpr = RUN * BITS
     word0, word1, word2, word3 = tl.trans(word0), tl.trans(word1), tl.trans(word2), tl.trans(word3)
     if BITS == 4:
-        _store_words(_joined(word0, word1, word2, word3), words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
+        _store_words(
+            _joined(word0, word1, word2, word3),
+            words_ptr,
+            low,
+            high,
+            sub,
+            FIRST,
+            TOTAL,
+            0,
+            BITS,
+            VALUES,
+            FOLDED,
+        )
     elif BITS == 3:
         _store_words(word0[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
         _store_words(word1[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 1, BITS, VALUES, FOLDED)
@@ -662,9 +674,7 @@ def _rotate_folded(x, factors_ptr, ROUNDS: tl.constexpr, PTX: tl.constexpr):
         x = x * tl.where(second, tl.load(at + 128)[:, None], tl.load(at)[:, None])
         x = butterflies(x, 128, 7, 32)
         if PTX:
-            x = tl.inline_asm_elementwise(
-                _LAST_BUTTERFLY, _OF_EIGHT_PAIRS, [x, sign], tl.float32, False, 8
-            )
+            x = tl.inline_asm_elementwise(_LAST_BUTTERFLY, _OF_EIGHT_PAIRS, [x, sign], tl.float32, False, 8)
         else:
             a, b = tl.split(tl.permute(tl.reshape(x, [128, 2, 16]), [0, 2, 1]))
             x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [128, 32])
