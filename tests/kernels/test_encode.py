@@ -182,11 +182,8 @@ def test_the_instructions_of_a_warp_put_codes_in_their_places(side, bits, interp
         found = kernel._folded.fn(*run_warp(kernel._exchange_of_keys(), 4, [*words, lane]), bits)
         stored, pack = lane, registers.pack_keys
     else:
-        if bits == 4:
-            codes_or_signs = torch.where(codes < 8, 15 - codes, codes - 8)
-        else:
-            codes_or_signs = codes
-        words = (codes_or_signs.view(32, 4, 8).transpose(0, 1) << nibbles).sum(-1)
+        found = torch.where(codes < 8, 15 - codes, codes - 8) if bits == 4 else codes
+        words = (found.view(32, 4, 8).transpose(0, 1) << nibbles).sum(-1)
         folded = kernel._folded.fn(*words, bits)[:bits]
         numbers = [x & 0xFFFFFFFF for x in kernel._numbers_of_lane.fn(lane)]
         found = run_warp(kernel._exchange_of_values(bits, bits == 4), bits, [*folded, *numbers])

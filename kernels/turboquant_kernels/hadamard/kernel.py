@@ -149,7 +149,7 @@ def unit_of(blocks, UNIT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
 def rotate_blocks(
     blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
 ):
-    """As `rotate_tile`, of twelve blocks: after the butterflies H_12, whose terms are added in their order."""
+    """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order."""
     for k in tl.static_range(ROUNDS):
         terms = ()
         for j in tl.static_range(12):
@@ -166,7 +166,7 @@ def rotate_blocks(
 
 @triton.jit
 def sum_of_squares_of_blocks(blocks, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
-    """As `sum_of_squares`, of twelve blocks: in halves until three are left, of which the last is added first."""
+    """As `sum_of_squares`, of twelve blocks: in halves, until of three the last is added first."""
     y = ()
     for i in tl.static_range(6):
         y = y + (blocks[i] * blocks[i] + blocks[i + 6] * blocks[i + 6],)

@@ -95,11 +95,11 @@ def _float_bits(value: int) -> int:
 
 
 def _exchange_of_values(words: int, signs: bool) -> str:
-    """PTX that gives a lane eight tokens' codes of a coordinate: a transposition of nibbles among eight lanes.
+    """PTX that gives a lane eight tokens' codes of a coordinate: nibbles transposed among eight lanes.
 
     Lane t holds token t's codes of eight coordinates as nibbles; the token's place among the nibbles of a
-    word of values, n, is made of the bits 0, 2, 1 of t. Three exchanges, each with the lane that differs in one
-    of them, of half of the nibbles, give lane t the codes of coordinate n.
+    word of values, n, is made of the bits 0, 2, 1 of t. Three exchanges of half of the nibbles, each with the
+    lane that differs in one of these bits, give lane t the codes of coordinate n.
 
     Args:
         words: How many there are of each lane.
@@ -153,7 +153,7 @@ def _exchange_of_keys() -> str:
 
 
 def _between_halves(instruction: str, operands: int) -> str:
-    """PTX of an instruction on eight folded coordinates and those of their tokens' other halves, its last operand.
+    """PTX of an instruction on eight folded coordinates, whose last operand is the other half's.
 
     A barrier of the warp keeps the compiler from fetching all others at once, for which it lacks registers.
     """
@@ -565,7 +565,7 @@ def _encode_units(
     Of folded rows, those of the second half are four units further on.
     """
     LAST: tl.constexpr = FROM + UNITS + (4 if FOLDED else 0)
-    # Where the halves of folded rows are of different runs, both quantise all, and what is not theirs is left out.
+    # Where halves of folded rows are of different runs, both quantise all; what is not theirs is left out.
     APART: tl.constexpr = FOLDED and FROM + UNITS <= FIRST and FIRST <= FROM + 4
     if LAST <= FIRST or APART:
         _encode_run(
@@ -694,14 +694,15 @@ def _columns(x_ptr, order_ptr, fresh, PIECE: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["start", "encoded", "count", "blocks", "heads", "touched"])
 def encode_tokens(
     x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, factors_ptr, more_factors_ptr,
-    thresholds_ptr, more_thresholds_ptr, start_ptr, encoded_ptr, start, encoded, count, blocks, heads, touched,
-    row_stride, head_stride, token_stride,
+    thresholds_ptr, more_thresholds_ptr, start_ptr, encoded_ptr, start, encoded, count, blocks, heads,
+    touched, row_stride, head_stride, token_stride,
     PARTS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Encode tokens start .. start + count - 1 of all heads, but none below `encoded`.
 
     Program ((batch * heads + head) * touched + number of the block among those touched) * pieces + piece: the
-    channels of a head that share a norm are a part, or two. A piece is a part, or half the tokens of 256 channels.
+    channels of a head that share a norm are a part, or two. A piece is a part, or, of 256 channels, half of
+    the tokens.
 
     Args:
         x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 in
