@@ -112,11 +112,11 @@ def test_runs_of_the_same_levels_share_a_table():
 
     four, three, two = ((b, LEVELS[b]) for b in (4, 3, 2))
     whole = kernel_runs(codes((128, *four)), codes((128, *four)))
-    assert whole == (((4, 4, 0, 0),), ((4, 4, 0, 0),), ((LEVELS[4], 4),))
+    assert whole == (((4, 4, 0, 0, False),), ((4, 4, 0, 0, False),), ((LEVELS[4], 4),))
     keys, values = codes((32, *four), (96, *three), norms=2), codes((64, *three), (64, *two))
     found = kernel_runs(keys, values)
-    assert found[0] == ((1, 4, 0, 0), (3, 3, 1, 1))
-    assert found[1] == ((2, 3, 1, 0), (2, 2, 2, 0))
+    assert found[0] == ((1, 4, 0, 0, False), (3, 3, 1, 1, False))
+    assert found[1] == ((2, 3, 1, 0, False), (2, 2, 2, 0, False))
     assert found[2] == ((LEVELS[4], 4), (LEVELS[3], 3), (LEVELS[2], 2))
     loads = table_tensor(found[2], torch.device("cpu")).view(2, 32, 4)
     for i, (levels, bits) in enumerate(found[2]):
@@ -125,7 +125,7 @@ def test_runs_of_the_same_levels_share_a_table():
         ]
     # The same number of bits in another dimension has other levels.
     other = codes((32, 4, (6, *LEVELS[4][1:])), (96, *three), norms=2)
-    assert kernel_runs(keys, other)[1] == ((1, 4, 2, 0), (3, 3, 1, 1))
+    assert kernel_runs(keys, other)[1] == ((1, 4, 2, 0, False), (3, 3, 1, 1, False))
 
 
 def test_refusals():
