@@ -329,11 +329,16 @@ class TestAttendCodes:
             norms.fill_(math.nan)
         nothing = Layer(*(none_of(side) for side in (layer.keys, layer.values)), 128)
         for one, length in ((layer, 0), (layer, -7), (nothing, 0)):
-            x, sums = normal(1, 2, 4, 128, seed=5), torch.tensor([3.0, 2.0]).expand(1, 2, 4, 2).contiguous()
-            expected = x / 2
+            # Two parts: 2^3 x / (2^3 * 2) and 2^2 x / (2^2 * 2), under one softmax.
+            x = normal(1, 2, 2, 4, 128, seed=5)
+            sums = torch.tensor([[3.0, 2.0], [2.0, 2.0]])[:, None].expand(1, 2, 2, 4, 2).contiguous()
+            expected = (8 * x[:, :, 0] + 4 * x[:, :, 1]) / (8 * 2 + 4 * 2)
             found = one.attend(query, attend_codes, length=length, raw=(x, sums))
+            torch.testing.assert_close(found, expected)
+            apart = torch.full_like(expected, math.nan)
+            found = one.attend(query, attend_codes, length=length, raw=(x, sums), apart=apart)
             assert torch.equal(found, torch.zeros(1, 2, 4, 128))
-            torch.testing.assert_close(x, expected)
+            torch.testing.assert_close(apart, expected)
             assert torch.equal(one.attend(query, attend_codes, length=length), torch.zeros(1, 2, 4, 128))
         assert layer.attend(query[:, :, :0], attend_codes).shape == (1, 2, 0, 128)
 

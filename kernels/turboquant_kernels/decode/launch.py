@@ -173,9 +173,14 @@ def attend_codes(
     dim, blocks = sum(values.widths), keys.words[0].shape[2]
     if query.numel() == 0 or blocks == 0:
         out = query.new_zeros(batch, heads, rows, dim, dtype=dtype)
-        if raw is not None and query.numel():
-            x = torch.where(raw[1][..., 1:] == 0, 0.0, raw[0] / raw[1][..., 1:])
-            (raw[0] if factors is None else out).copy_(x)
+        share = out if apart is None else apart
+        if raw is not None and raw[0].numel():
+            x, (references, lengths) = raw[0], raw[1].unbind(-1)
+            weights = torch.exp2(references - references.amax(2, keepdim=True))
+            total = (lengths * weights).sum(2)[..., None]
+            share.copy_(torch.where(total == 0, 0.0, (x * weights[..., None]).sum(2) / total))
+        else:
+            share.zero_()
         return out
     how = settings or settings_for(
         rows, dim, keys.token_bits / dim, values.token_bits / dim, batch * heads * blocks, kernel,
