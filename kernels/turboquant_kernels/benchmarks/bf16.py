@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant_kernels.decode.launch import combine
+from turboquant_kernels.device import has_dependent_launches
 
 __all__ = ["attend_bf16"]
 
@@ -67,7 +68,7 @@ def attend_bf16(
     partial = torch.empty(batch, heads, splits, rows, dim, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, device=query.device)
     out = torch.empty(batch, heads, rows, dim, device=query.device)
-    dependents = torch.cuda.get_device_capability(query.device) >= (9, 0)
+    dependents = has_dependent_launches(query.device)
     _attend_splits[(splits, batch * heads)](
         query, keys, values, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
         ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages,

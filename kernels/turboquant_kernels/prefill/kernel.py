@@ -30,11 +30,10 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from turboquant_kernels.decode.portable import _four, _quads
+from turboquant_kernels.decode.shared import HEADROOM, LOWEST
 
 __all__ = ["attend_prefix", "source_for"]
 
-_LOWEST = tl.constexpr(-1.0e30)
-_HEADROOM = tl.constexpr(36.0)
 _BIAS = tl.constexpr(-2139062144)  # 0x80808080
 # Four bytes L + 128 -> two pairs of fp16 (L + 1/2) n, with n = norm * scale; an infinite norm becomes NaN.
 # Every call of a lane with the same norms computes n anew, but the assembler sees that.
@@ -249,7 +248,7 @@ def _weights(scores, factor, state):
     highest, reference, total = state
     peak = tl.max(scores, 1) * factor
     highest = tl.maximum(highest, peak)
-    moved = tl.maximum(peak, highest - _HEADROOM)
+    moved = tl.maximum(peak, highest - HEADROOM)
     p = tl.exp2(scores * factor[:, None] - moved[:, None])
     keep = tl.exp2(reference - moved)
     return p, keep, (highest, moved, total * keep + tl.sum(p, 1))
@@ -417,8 +416,8 @@ def attend_prefix(
     end_full = tl.maximum(tl.minimum(least // STEP, end), first_full)
 
     state = (
-        tl.full([ROWS], _LOWEST, tl.float32),
-        tl.full([ROWS], _LOWEST, tl.float32),
+        tl.full([ROWS], LOWEST, tl.float32),
+        tl.full([ROWS], LOWEST, tl.float32),
         tl.zeros([ROWS], tl.float32),
     )  # fmt: skip
     out = tl.zeros([ROWS, DIM], tl.float32)

@@ -200,7 +200,7 @@ def score_codes(
     runs, _, tables = kernel_runs(keys, keys)
     table = table_tensor(tables, query.device)
     two = [side if len(side) == 2 else (*side, None) for side in (keys.words, keys.norms)]
-    dependents = torch.cuda.get_device_capability(query.device) >= (9, 0)
+    dependents = device.has_dependent_launches(query.device)
     options: dict[str, object] = {"num_warps": how.warps, "maxnreg": how.registers, "launch_pdl": dependents}
     kernel_of = _kernel(kernel)
     if kernel == "triton":
