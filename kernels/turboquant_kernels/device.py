@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "has_dependent_launches", "has_triton"]
+__all__ = ["FLOATS", "has_dependent_launches", "has_triton", "launches"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """What kernels load: every one computes in float32."""
@@ -31,3 +36,30 @@ def has_dependent_launches(device: torch.device) -> bool:
     next one begin: what lies further back is over when it begins.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launches(
+    of: Callable[..., Tensor],
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Make a function launch kernels where its tensors are, whichever device is the current one.
+
+    Triton launches on the current device, even if all arguments lie on another.
+
+    Args:
+        of: Picks one of the tensors from the function's arguments.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(function)
+        def there(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if torch.compiler.is_compiling():  # then nothing of ours is launched
+                return function(*args, **kwargs)
+            with torch.cuda.device_of(of(*args, **kwargs)):  # type: ignore[no-untyped-call]
+                return function(*args, **kwargs)
+
+        return there
+
+    return decorate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import portable_on_cpu
@@ -15,9 +16,9 @@ from torch import Tensor
 from turboquant.cache import vector_codec
 from turboquant.rotation import make_rotation
 from turboquant_kernels import dequantize, hadamard, scores, sketch
-from turboquant_kernels.decode import attend, choose
+from turboquant_kernels.decode import attend, choose, step
 from turboquant_kernels.decode.unpack import Codes
-from turboquant_kernels.packed_kv import PackedKV, Reading
+from turboquant_kernels.packed_kv import PackedKV, Reading, fused
 from turboquant_kernels.packed_kv.layout import pack, unpack
 
 D = 64
@@ -148,6 +149,24 @@ FOREIGN = {
     "too few heads": lambda words, norms: (words[:, :1], norms),
     "another device": lambda words, norms: (words.to("meta"), norms),
 }
+
+
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch) -> None:
+    """Whatever device is the current one."""
+    asked: list[Tensor] = []
+
+    def device_of(x: Tensor) -> nullcontext[None]:
+        asked.append(x)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    words, norms, levels = stored()
+    x, factors = normal(3, D), make_rotation("hadamard", D, seed=1).factors
+    hadamard.rotate(x, factors)
+    dequantize.dequantize([words], norms, [levels], side="key")
+    assert [id(each) for each in asked] == [id(x), id(norms)]
+    launching = (fused.append, fused.encode, step.attend)
+    assert all(hasattr(each, "__wrapped__") for each in launching)
 
 
 class TestDequantize:

@@ -273,6 +273,34 @@ print("went on")
     assert "device-side assert" in ran.stderr
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_run_where_their_tensors_are(kernel, form) -> None:
+    """Not on the current device: a model may be spread over several."""
+    outputs = []
+    for device in ("cuda:0", "cuda:1"):
+        assert torch.cuda.current_device() == 0
+        kv = store(form)
+        keys, values, query = (
+            normal(1, heads, 601, 128, seed=heads).to(device, torch.bfloat16) for heads in (2, 2, 8)
+        )
+        found = []
+        for part in (slice(0, 599), slice(599, 600), slice(600, 601)):
+            reading = kv.update(keys[:, :, part], values[:, :, part])
+            backend = "auto" if part.start == 0 else kernel
+            found.append(choose(backend)(query[:, :, part], reading, scale=0.1))
+        run = kv.keys.codec.groups[0].coded[0]
+        words, norms = kv.keys.words[:1], kv.keys.scales[:1]
+        found.append(dequantize.dequantize(words, norms[0], [run.levels], side="key"))
+        rows = query.float()[..., : run.width].contiguous()
+        found.append(scores.scores(rows[:, :2], words, norms, [run]))
+        found.append(hadamard.rotate(query, torch.ones(3, 128, device=device)))
+        outputs.append([x.cpu() for x in (*found, *kv.values.words, *kv.keys.scales)])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+
+
 class TestOthers:
     def test_dequantize(self) -> None:
         layer = on_device(Layer.random(2, 100))
@@ -316,6 +344,8 @@ class TestOthers:
         assert hadamard.implementation(x, 128) == "triton"
         clean = hadamard.rotate(x, factors)
         assert torch.equal(hadamard.rotate(moved(x), factors), clean)
+        narrow = x.bfloat16()
+        assert torch.equal(hadamard.rotate(moved(narrow), factors), hadamard.rotate(narrow, factors))
         assert torch.equal(hadamard.rotate(x.mT.contiguous().mT, factors), clean)
         assert hadamard.implementation(x.double(), 128) == "torch"
         assert hadamard.rotate(x[:0], factors).shape == (0, 128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import NEEDS_TRITON, interpret
+from layers import moved
 from torch import Tensor
 
 from turboquant.rotation import make_rotation
@@ -74,6 +75,10 @@ def test_rotations_have_the_references_bytes(dim, rows, inverse, interpreted) ->
     factors = make_rotation("hadamard", dim, seed=2).factors
     found = hadamard.rotate(x, factors, inverse=inverse)
     assert torch.equal(found, butterflies.rotate(x, factors, inverse=inverse))
+    # Of bfloat16 two are read at once, from wherever they lie.
+    narrow = x.bfloat16()
+    found = hadamard.rotate(moved(narrow), factors, inverse=inverse)
+    assert torch.equal(found, butterflies.rotate(narrow.float(), factors, inverse=inverse))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from turboquant_kernels.decode.unpack import MOST_RUNS, Codes
-from turboquant_kernels.device import has_dependent_launches
+from turboquant_kernels.device import has_dependent_launches, launches
 from turboquant_kernels.packed_kv import Reading, VectorCodec
 from turboquant_kernels.packed_kv.layout import in_register_order
 from turboquant_kernels.packed_kv.store import Half
@@ -138,6 +138,7 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
     return None
 
 
+@launches(lambda query, *_, **__: query)
 def attend(
     query: Tensor,
     reading: Reading,

@@ -36,6 +36,7 @@ def implementation(words: Sequence[Tensor], bits: Sequence[int]) -> Literal["tri
     return "triton" if suits and device.has_triton(words[0]) else "torch"
 
 
+@device.launches(lambda words, norms, *_, **__: norms)
 def dequantize(
     words: Sequence[Tensor],
     norms: Tensor,

@@ -30,6 +30,7 @@ def implementation(x: Tensor, dim: int) -> Literal["triton", "torch"]:
     return "triton" if suits and device.has_triton(x) else "torch"
 
 
+@device.launches(lambda x, *_, **__: x)
 def rotate(
     x: Tensor, factors: Tensor, *, inverse: bool = False, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -61,7 +62,7 @@ def rotate(
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = x.numel() // dim
     if x.dtype == torch.bfloat16:
-        x = x.view(torch.int32)
+        x = (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
     at_once = 32 if rows >= _MANY else 1
     rotate_rows[(-(-rows // at_once),)](
         x, out, factors, rows, DIM=dim, LOG=dim.bit_length() - 1, ROWS=at_once, ROUNDS=factors.shape[0],

@@ -34,6 +34,7 @@ def suits(codec: Codec, token: Tensor) -> bool:
     return device.has_triton(token) and token.dtype in device.FLOATS and _parts(codec) is not None
 
 
+@device.launches(lambda halves, *_, **__: halves[0][1])
 def append(
     halves: Sequence[tuple[Half, Tensor]],
     before: int | Tensor,
@@ -106,6 +107,7 @@ def encodes(codec: Codec, x: Tensor) -> bool:
     return parts is not None and all(run.symmetric for run in _runs(codec))
 
 
+@device.launches(lambda codec, x, *_, **__: x)
 def encode(
     codec: Codec,
     x: Tensor,

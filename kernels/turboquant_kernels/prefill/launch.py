@@ -12,6 +12,7 @@ from torch import Tensor
 from turboquant_kernels.decode.launch import combine
 from turboquant_kernels.decode.step import basis, codes
 from turboquant_kernels.decode.unpack import Codes, table_tensor
+from turboquant_kernels.device import launches
 from turboquant_kernels.packed_kv import BLOCK, Reading, VectorCodec
 from turboquant_kernels.packed_kv.store import Half
 from turboquant_kernels.prefill.kernel import attend_prefix
@@ -66,6 +67,7 @@ def settings_for(head_dim: int, crowded: bool = False) -> Settings:
     return Settings(128, 2, 32, 8, 255, 1, True)
 
 
+@launches(lambda query, *_, **__: query)
 def attend(
     query: Tensor,
     reading: Reading,

@@ -159,6 +159,7 @@ def _kernel(kernel: Kernel) -> Any:
     return portable.score_splits
 
 
+@device.launches(lambda query, *_, **__: query)
 def score_codes(
     query: Tensor,
     keys: Codes,
