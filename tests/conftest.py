@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
+
+
+def _prepare_interpreter() -> None:
+    """Let Triton's own functions be interpreted too, which it decides when it is first imported.
+
+    Tests of kernels on a CPU need that, and transformers may be the first to import it. With a GPU, kernels
+    are launched in the same process: there, tests in the interpreter need a process of their own.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        importlib.import_module("triton.language")
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+_prepare_interpreter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

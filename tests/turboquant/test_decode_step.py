@@ -230,6 +230,10 @@ def test_the_command_says_what_it_needs(monkeypatch):
         done = speed("--shapes", wrong)
         assert done.exit_code == 1
         assert "shapes must be rows x tokens" in done.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    done = speed("--backend", "cuda")
+    assert done.exit_code == 1
+    assert "backend must be one of auto, gluon, triton, torch, not 'cuda'" in done.output
 
 
 def test_help_has_an_example():

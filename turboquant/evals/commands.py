@@ -331,7 +331,12 @@ def speed(
     model: Annotated[
         str, typer.Option(help="random:NAME of `turboquant models list`, or a model with its own weights.")
     ] = "random:llama-3.1-8b",
-    profile: Annotated[str, typer.Option(help="Profile of our cache; whole bits run on the kernel.")] = "4",
+    profile: Annotated[
+        str, typer.Option(help="Profile of our cache, in arms that are not named after one.")
+    ] = "4",
+    backend: Annotated[
+        str, typer.Option(help="How ours is read: auto, gluon, triton or torch; what ran is in the table.")
+    ] = "auto",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Layers of a model of random weights; left out: all.")
     ] = None,
@@ -355,6 +360,7 @@ def speed(
     """Time a prompt and a decoding step of a model, compressed and not, on CUDA; random weights will do."""
     from turboquant.evals import decode_step
     from turboquant.models.load import load_model
+    from turboquant_kernels.decode import choose
 
     failed = []
     try:
@@ -364,6 +370,7 @@ def speed(
                 "turboquant speed times a CUDA device, and torch finds none here: run it on a machine with "
                 "a GPU of at least 80 GB, or with fewer --layers"
             )
+        choose(backend)  # before the model is built
         loaded = load_model(model, device="cuda", layers=layers)[0]
         lines = []
         for batch, tokens in sizes:
@@ -375,6 +382,7 @@ def speed(
                 rounds=rounds,
                 steps=steps,
                 arms=_chosen(decode_step.arms_for(loaded), arms),
+                backend=backend,
                 prompt=_prompt(prompt),
             )
             shown = decode_step.table(found, markdown)
