@@ -1,4 +1,4 @@
-"""Encode, decode and dequantize a little: what compute-sanitizer watches. `every_launch.py [fault]`."""
+"""Encode, attend, score, dequantize a little: what compute-sanitizer watches. `every_launch.py [fault]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turboquant.cache import vector_codec
-from turboquant_kernels import dequantize
+from turboquant_kernels import dequantize, scores, sketch
 from turboquant_kernels.decode import choose, launch
 from turboquant_kernels.packed_kv import PackedKV
 
@@ -43,15 +43,24 @@ def main(fault: bool) -> None:
         codecs = vector_codec(128, parts, seed=1, **kind), vector_codec(128, parts, seed=2, **plain)
         kv = PackedKV(*codecs, window=20, sinks=3)
         kv.pad(torch.tensor([5]))
-        kv.update(keys[:, :, :141], values[:, :, :141])
+        reading = kv.update(keys[:, :, :141], values[:, :, :141])
+        if name == "whole" and not fault:
+            many = choose("auto")
+            assert bool(many(query[:, :, :141], reading, scale=0.1).isfinite().all())
+            assert many.prefill == "triton"
         for part in (slice(141, 142), slice(142, 150)):
             reading = kv.update(keys[:, :, part], values[:, :, part])
             for kernel in ("gluon", "triton")[0 if hopper else 1 :]:
                 found = choose(kernel)(query[:, :, part], reading, scale=0.1)
                 assert fault or bool(found.isfinite().all()), (name, kernel)
+        half, rows = kv.keys, query[:, :2, :5].float().contiguous()
+        runs = [run for group in half.codec.groups for run in group.coded]
+        if name == "sketch":
+            sketch.inner_products(rows, half.words[1], *half.scales)
+        else:
+            scores.scores(rows, half.words, half.scales, runs)
         if name == "whole":
-            levels = kv.keys.codec.groups[0].coded[0].levels
-            dequantize.dequantize(kv.keys.words, kv.keys.scales[0], [levels], side="key")
+            dequantize.dequantize(half.words, half.scales[0], [runs[0].levels], side="key")
     torch.cuda.synchronize()
     print("launched")
 

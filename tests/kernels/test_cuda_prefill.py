@@ -169,6 +169,16 @@ def test_nan_in_a_query_is_nan_in_its_row_alone() -> None:
     assert torch.equal(found.isnan(), expected)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_instructions_do_what_their_twin_does(bits) -> None:
+    """Inline assembly, and the plain operations that stand for it in the interpreter."""
+    from turboquant_kernels.prefill import launch
+
+    query, reading = adversarial(1000, "random", bits)
+    found, twin = (launch.attend(query, reading, scale=0.1, assembly=how) for how in (True, False))
+    assert (found - twin).abs().max() <= 2.0**-11 * found.abs().max()
+
+
 def test_strided_queries_and_the_layout_of_outputs() -> None:
     from turboquant_kernels.prefill import launch
 
