@@ -373,6 +373,12 @@ class TurboQuantCache(Cache):
         return self._attend.prefill_reason
 
     @property
+    def encoding_backend(self) -> str | None:
+        """What made the newest codes, "triton" or "torch" (if of one layer alone); None before the first."""
+        made = {layer.store.encoding for layer in self.packed.values()} - {None}
+        return "torch" if "torch" in made else next(iter(made), None)
+
+    @property
     def packed(self) -> dict[int, PackedLayer]:
         """The compressed layers by number."""
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)}

@@ -203,6 +203,25 @@ def test_layers_can_be_elsewhere_between_their_turns(llama: PreTrainedModel) -> 
     assert not reading.reading.keys.words[0].is_meta
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU other names are allowed")
+def test_what_ran_is_told(llama: PreTrainedModel) -> None:
+    why = "it runs on CUDA devices of compute capability 8.0 or newer, not on cpu"
+    for backend, reason in (("auto", why), ("torch", None)):
+        attach(llama, EXACT, backend=backend)
+        cache = TurboQuantCache(llama.config, EXACT, backend=backend)
+        assert (cache.backend, cache.backend_reason) == (backend, None)
+        assert (cache.prefill_backend, cache.encoding_backend) == (None, None)
+        cache = generate(llama, SINGLE)[NAME]
+        assert (cache.backend, cache.backend_reason) == ("torch", reason)
+        assert (cache.prefill_backend, cache.prefill_reason) == ("torch", reason)
+        assert cache.encoding_backend == "torch"
+    next(iter(cache.packed.values())).store.encoding = "triton"
+    assert cache.encoding_backend == ("torch" if len(cache.packed) > 1 else "triton")
+    for name in ("gluon", "triton"):
+        with pytest.raises(ValueError, match=f"backend='{name}' needs a CUDA device of compute capability"):
+            attach(llama, EXACT, backend=name)
+
+
 @pytest.mark.parametrize("name", ["2.5", "2.5-oblivious", "unbiased-keys", "7"])
 def test_capacity_changes_nothing(name: str, llama: PreTrainedModel) -> None:
     found = profile(name, window=4, sinks=2, protected_last=1)
