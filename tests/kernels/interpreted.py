@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,3 +22,17 @@ def interpret(patch: pytest.MonkeyPatch, *names: str) -> None:
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
+
+
+def plant(patch: pytest.MonkeyPatch, name: str, right: str, wrong: str, folder: Path) -> ModuleType:
+    """Put a copy of an interpreted module in its place, in which all of `right` is `wrong`."""
+    name = f"turboquant_kernels.{name}"
+    source = Path(sys.modules[name].__file__).read_text()
+    assert right in source
+    path = folder / "planted.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module

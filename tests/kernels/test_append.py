@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from interpreted import NEEDS_TRITON, interpret
+from interpreted import NEEDS_TRITON, interpret, plant
+from telling_norms import in_halves, stored, telling
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -41,6 +42,7 @@ def fill(
     sinks: int,
     capacity: int | None,
     padding: Sequence[int] = (0,),
+    appended: int = 34,
 ) -> PackedKV:
     dim, heads = codecs[0].dim, 2 if codecs[0].data_dependent else 1
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
@@ -53,7 +55,7 @@ def fill(
     values[0, 0, 23] *= 3e4
     values[0, 0, 24, 3] = torch.nan
     start = 0
-    for count in (window + 5, *[1] * 34, 7, 1):
+    for count in (window + 5, *[1] * appended, 7, 1):
         part = slice(start, start + count)
         kv.update(keys[:, :, part], values[:, :, part])
         if start == window + 8:
@@ -62,21 +64,23 @@ def fill(
     return kv
 
 
-def check_bytes(make, window, sinks, capacity, interpreted, padding: Sequence[int] = (0,)) -> None:
-    expected = fill(make(), window, sinks, capacity, padding)
+def check_bytes(
+    make, window, sinks, capacity, interpreted, padding: Sequence[int] = (0,), appended: int = 34
+) -> None:
+    expected = fill(make(), window, sinks, capacity, padding, appended)
     calls = []
     append = fused.append
     with interpreted.context() as patch:
         patch.setattr(device, "has_triton", lambda x: x.shape[2] == 1)
         patch.setattr(fused, "encodes", lambda codec, x: False)
         patch.setattr(fused, "append", lambda *args, **options: calls.append(append(*args, **options)))
-        found = fill(make(), window, sinks, capacity, padding)
-    assert len(calls) == 35
+        found = fill(make(), window, sinks, capacity, padding, appended)
+    assert len(calls) == appended + 1
     for a, b in ((expected.keys, found.keys), (expected.values, found.values)):
         for x, y in zip(a.tensors(), b.tensors(), strict=True):
             assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
-    assert int(expected.encoded) == int(found.encoded) > 32
-    assert int(expected.length) == int(found.length) == window + 5 + 34 + 8 - 3
+    assert int(expected.encoded) == int(found.encoded) > appended
+    assert int(expected.length) == int(found.length) == window + 5 + appended + 8 - 3
     assert found._ticket is None or int(found._ticket) == 0
 
 
@@ -118,3 +122,47 @@ def test_bytes_of_split_channels_are_the_same(dim, parts, split, capacity, inter
 def test_sinks_behind_padding_are_kept(capacity, interpreted) -> None:
     """The first tokens of one row come one at a time, those of the other are there already."""
     check_bytes(lambda: whole((2, 1), 32), 4, 6, capacity, interpreted, padding=(0, 12))
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_squares_are_added_in_halves(width, interpreted) -> None:
+    x = telling(width)
+    kv = PackedKV(*whole((1, 1), width), window=1)
+    with interpreted.context() as patch:
+        patch.setattr(device, "has_triton", lambda x: True)
+        for token in (*x, x[0]):
+            kv.update(token.view(1, 1, 1, width), token.view(1, 1, 1, width))
+    assert kv.encoding == "triton"
+    for half in (kv.keys, kv.values):
+        assert torch.equal(half.scales[0][0, 0, : len(x)], stored(in_halves(x)))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # Lengths: advanced by the first program, by the last but one, by none, by two tokens; no ticket given
+        # back; a token that was cropped encoded again. Sinks: padding counts, the first or the last is none.
+        ("arrived == tl.num_programs(0) * tl.num_programs(1) - 1", "arrived == 0"),
+        ("tl.num_programs(1) - 1", "tl.num_programs(1) - 2"),
+        ("tl.num_programs(1) - 1", "tl.num_programs(1)"),
+        ("(before + 1).to", "(before + 2).to"),
+        ("tl.store(ticket_ptr, 0)", "tl.store(ticket_ptr, 1)"),
+        ("tl.maximum(encoded, before + 1 - window)", "(before + 1 - window)"),
+        ("sink -= ", "sink -= 0 * "),
+        ("(sink >= 0) &", "(sink >= 1) &"),
+        ("(sink < sinks)", "(sink < sinks - 1)"),
+    ],
+)
+def test_a_planted_fault_in_tickets_or_sinks_is_seen(right, wrong, interpreted, tmp_path) -> None:
+    with interpreted.context() as patch:
+        plant(patch, "packed_kv.append", right, wrong, tmp_path)
+        with pytest.raises(AssertionError):
+            check_few(interpreted)
+
+
+def test_without_a_fault_they_are_right(interpreted) -> None:
+    check_few(interpreted)
+
+
+def check_few(interpreted) -> None:
+    check_bytes(lambda: whole((1, 1), 32), 2, 3, 100, interpreted, padding=(0, 9), appended=9)

@@ -174,23 +174,19 @@ class TestStep:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("side", ["keys", "values"])
 def test_a_norm_that_fp16_cannot_hold(side, kernel, form) -> None:
-    """No number comes of such a value, nor of such a key, unless it loses by all of it."""
+    """It is stored as NaN, and is NaN where it is read, as by torch."""
     kv, (keys, values) = store(form, window=0, sinks=0), tokens(902)
     (keys if side == "keys" else values)[1, 0, 900] *= 1e4
     for part in (slice(0, 900), slice(900, 901), slice(901, 902)):
         reading = kv.update(keys[:, :, part], values[:, :, part])
     query = normal(2, 8, 1, 128).to(DEVICE, torch.bfloat16)
-    found = choose(kernel)(query, reading, scale=0.1)
-    without = torch.ones(2, 1, 1, 902, dtype=torch.bool, device=DEVICE)
-    without[1, 0, 0, 900] = False
-    expected = attend(query, reading, scale=0.1, mask=without)
     spoiled = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
     spoiled[1, :4] = True
-    assert attend(query, reading, scale=0.1)[spoiled].isnan().any(dim=-1).all()
-    assert found[~spoiled].isfinite().all()
-    lost = found[spoiled].isfinite().all(dim=-1)
-    assert not lost.any() or side == "keys"
-    torch.testing.assert_close(found[spoiled][lost], expected[spoiled][lost], atol=2e-2, rtol=2e-2)
+    for found in (choose(kernel)(query, reading, scale=0.1), attend(query, reading, scale=0.1)):
+        assert found[spoiled].isnan().any(dim=-1).all()
+        # Of a value in two parts with a norm each, the channels of one.
+        assert (form == "3.5" and side == "values") or found[spoiled].isnan().all()
+        assert found[~spoiled].isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from telling_norms import in_halves, stored, telling
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -111,6 +112,21 @@ def test_codes_of_appended_tokens_are_the_cpus_bytes(parts, split, capacity) -> 
     assert [kv.encoding for kv in stores] == ["torch", "triton"]
     for a, b in ((stores[0].keys, stores[1].keys), (stores[0].values, stores[1].values)):
         assert all(same_bytes(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
+def test_squares_are_added_in_halves(width) -> None:
+    x, right = telling(width), stored(in_halves(telling(width)))
+    both = x.cuda().expand(1, 1, -1, -1)
+    for counts in ([len(x)], [1] * len(x)):
+        window = 0 if len(counts) == 1 else 1
+        kv = PackedKV(*(vector_codec(width, ((width, 4),), seed=s) for s in (1, 2)), window=window)
+        for part in torch.split(both, counts, dim=2):
+            kv.update(part, part)
+        kv.update(both[:, :, :1], both[:, :, :1])  # the last one leaves the window
+        assert kv.encoding == "triton"
+        for half in (kv.keys, kv.values):
+            assert torch.equal(half.scales[0][0, 0, : len(x)].cpu(), right)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

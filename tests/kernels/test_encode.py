@@ -10,6 +10,7 @@ import pytest
 import torch
 from interpreted import NEEDS_TRITON, interpret
 from ptx import run_warp, signed
+from telling_norms import in_halves, stored, telling
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -115,7 +116,7 @@ def tied(bits: int) -> tuple[list[VectorCodec], Tensor]:
     x = torch.cat([x, -x], dim=2)
     group = vector_codec(64, ((64, bits),), seed=3).groups[0]
     (run,) = group.coded
-    norms = torch.tensor([squares_in_halves(row) for row in x[0, 0]]).double().sqrt().float()
+    norms = in_halves(x[0, 0]).double().sqrt().float()
     z = group.rotation.forward(x) * (torch.tensor(math.sqrt(64)) / norms)[:, None]
     positive = z[0, 0, 0].abs().sort().values[8 : 8 * 2 ** (bits - 1) : 8][: 2 ** (bits - 1) - 1]
     codecs = []
@@ -125,11 +126,11 @@ def tied(bits: int) -> tuple[list[VectorCodec], Tensor]:
     return codecs, x
 
 
-def squares_in_halves(x: Tensor) -> float:
-    squares = x * x
-    while len(squares) > 1:
-        squares = squares[: len(squares) // 2] + squares[len(squares) // 2 :]
-    return float(squares)
+@pytest.mark.parametrize("width", [64, 96, 256])
+def test_squares_are_added_in_halves(width, interpreted) -> None:
+    x, words, norms = telling(width), torch.zeros(1, 1, 1, width).int(), torch.zeros(1, 1, 32).half()
+    fused.encode(vector_codec(width, ((width, 1),), seed=1), x[None, None], [words], [norms], 0, 0, "key")
+    assert torch.equal(norms[0, 0, : len(x)], stored(in_halves(x)))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

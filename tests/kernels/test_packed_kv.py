@@ -9,6 +9,7 @@ import torch
 from exact_codec import ExactCodec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from telling_norms import in_halves, in_other_orders, stored, telling
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -186,6 +187,22 @@ class TestCodes:
         (term,) = made.terms(*made.encode(keys))
         assert term.factors.isnan().nonzero().tolist() == [[0, 0, 1]]
         assert term.coefficients.isfinite().all()
+
+    def test_a_norm_that_fp16_cannot_hold_is_stored_as_nan(self) -> None:
+        keys, _ = tokens(3)
+        keys[0, 0] = 0
+        keys[0, 0, :, 5] = torch.tensor([65519.0, 65520.0, torch.inf])
+        (norms,) = codec(4).encode(keys)[1]
+        assert norms[0, 0, 0] == 65504
+        assert norms.isnan().nonzero().tolist() == [[0, 0, 1], [0, 0, 2]]
+
+    @pytest.mark.parametrize("width", [64, 96, 128])
+    def test_squares_are_added_in_halves(self, width: int) -> None:
+        """Whichever other order is taken, a norm tells."""
+        x = telling(width)
+        (norms,) = vector_codec(width, ((width, 4),), seed=1).encode(x[None, None])[1]
+        assert torch.equal(norms[0, 0], stored(in_halves(x)))
+        assert all((norms[0, 0] != stored(other)).any() for other in in_other_orders(x))
 
     def test_small_norms_keep_what_fp16_keeps(self) -> None:
         keys, _ = tokens(20)

@@ -12,7 +12,7 @@ import portable_on_cpu
 import pytest
 import torch
 from interpreted import NEEDS_TRITON
-from layers import SPLITS, TOLERANCE, WHOLE, Layer, dominant, error, normal, positive_levels
+from layers import SKETCHED, SPLITS, TOLERANCE, WHOLE, Layer, dominant, error, normal, positive_levels
 from ptx import MASK, run_warp
 
 from turboquant_kernels.decode.unpack import level_table, unit_ptx
@@ -73,6 +73,23 @@ def test_a_dominant_token_and_huge_values_in_two_runs(off):
     made.values.norms[0][..., 1001] = 1e4
     made.values.norms[1][..., 1002] = 1e4
     assert off(made, normal(1, 1, 4, 128)) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [64, 50])
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("runs", [WHOLE[2], SPLITS["2.5 outliers"], SKETCHED["2 prod"]])
+def test_a_norm_that_is_none_spoils_its_head(runs, side, length, attend_codes):
+    """What fp16 cannot hold is stored as NaN. Of values, it spoils the channels of its part at least."""
+    layer = Layer.random(2, 64, runs, None if runs not in SKETCHED.values() else WHOLE[2])
+    query = normal(1, 2, 3, sum(width for width, _, _ in runs))
+    for norms in getattr(layer, side).norms:
+        held = norms.clone()
+        norms[0, 1, 9] = math.nan
+        found = layer.attend(query, attend_codes, length=length, warps=1)
+        assert found[:, 0].isfinite().all()
+        spoiled = found[:, 1].isnan()
+        assert spoiled.all() if side == "keys" else spoiled.any(-1).all()
+        norms.copy_(held)
 
 
 @pytest.mark.parametrize("name", ["table_of", "norm_of"])

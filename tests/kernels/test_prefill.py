@@ -8,7 +8,7 @@ import sys
 import pytest
 import test_cuda_decode
 import torch
-from interpreted import NEEDS_TRITON, interpret
+from interpreted import NEEDS_TRITON, interpret, plant
 from torch import Tensor
 
 from turboquant.cache import vector_codec
@@ -231,18 +231,8 @@ def test_an_infinite_norm_is_nan_where_it_is_read(launch):
     ],
 )
 def test_a_planted_fault_is_seen(right, wrong, launch, monkeypatch, tmp_path):
-    kernel = sys.modules["turboquant_kernels.prefill.kernel"]
-    with open(kernel.__file__) as file:
-        source = file.read()
-    assert right in source
-    path = tmp_path / "kernel.py"
-    path.write_text(source.replace(right, wrong))
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("planted", path)
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
     made = read(whole(4, 4), new=40, before=200, window=16)
     assert error(launch, *made) < TOLERANCE
+    planted = plant(monkeypatch, "prefill.kernel", right, wrong, tmp_path)
     monkeypatch.setattr(launch, "attend_prefix", planted.attend_prefix)
     assert error(launch, *made) > 10 * TOLERANCE

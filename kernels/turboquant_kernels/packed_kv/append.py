@@ -177,7 +177,9 @@ def _append(
     tl.store(row_ptr + channel, new_row, mask=held)
     kept = place < tl.where((sink >= 0) & (sink < sinks), WIDTH, 0)
     tl.store(sinks_ptr + (head * sinks + sink) * CHANNELS + channel, new_row, mask=kept)
-    tl.store(norms_ptr + head * blocks * 32 + token, norm.to(tl.float16), mask=do)
+    half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
+    half = tl.where(half < float("inf"), half, float("nan"))
+    tl.store(norms_ptr + head * blocks * 32 + token, half, mask=do)
     _store_run(z, words_ptr, words, thresholds, inside, do, 0, UNITS, BITS, SIZE, VALUES)
     if OTHER_BITS > 0:
         _store_run(

@@ -189,7 +189,7 @@ class GroupCodec:
         codes = [
             _codes(part.contiguous(), run.thresholds) for run, part in zip(self.coded, parts, strict=True)
         ]
-        scales = [norms.half()]
+        scales = [_stored(norms)]
         if self.sketch is not None:
             residual = z.sub_(self._levels(codes))
             lengths = _square_root(_sum_of_squares(residual)) / self.root
@@ -207,9 +207,7 @@ class GroupCodec:
 
     def terms(self, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
         """As `Codec.terms`."""
-        # An overflowed norm is infinite, and a sum of infinities could pass for a number.
         norms = scales[0].float()
-        norms = torch.where(torch.isinf(norms), torch.nan, norms)
         held = iter(codes)
         by_run = [
             next(held) if run.bits else torch.zeros(*norms.shape, run.width, device=norms.device)
@@ -401,6 +399,12 @@ def _opaque_sum_of_squares(x: Tensor) -> Tensor:
 @_opaque_sum_of_squares.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1])
+
+
+def _stored(norms: Tensor) -> Tensor:
+    """As float16, NaN where that cannot hold them: a score of minus infinity would pass for a number."""
+    halves = norms.half()
+    return torch.where(halves < torch.inf, halves, torch.nan)
 
 
 def _square_root(x: Tensor) -> Tensor:

@@ -631,7 +631,9 @@ def _encode_part(
         total = sum_of_squares_of_blocks(z, SIZE, LOG, 32)
         z = rotate_blocks(z, factors_ptr, SIZE, LOG, 32, ROUNDS)
     norm = tl.sqrt_rn(total)
-    tl.store(norms_ptr + place * 32 + token, norm.to(tl.float16), mask=fresh & (row < (16 if FOLDED else 32)))
+    half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
+    half = tl.where(half < float("inf"), half, float("nan"))
+    tl.store(norms_ptr + place * 32 + token, half, mask=fresh & (row < (16 if FOLDED else 32)))
     root = tl.full([32], WIDTH**0.5, tl.float32)
     factor = tl.where(total > 1e-25, tl.div_rn(root, norm), 0.0)[None, :]
     usual = total < float("inf")

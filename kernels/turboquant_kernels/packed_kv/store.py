@@ -524,21 +524,24 @@ class PackedKV:
             fused.encode(half.codec, x, half.words, half.scales, start, self.encoded, half.side)
             self.encoding = "triton"
             if isinstance(start, int) and x.shape[2] > 1:
-                self._check_norms(half, *(n[:, :, start : start + x.shape[2]] for n in half.scales))
+                self._check_norms(half, x, [n[:, :, start : start + x.shape[2]] for n in half.scales])
             return
         self.encoding = "torch"
         batch, heads, count, dim = x.shape
         at_once = _ENCODED_AT_ONCE.get(x.device.type, _ENCODED_AT_ONCE["cpu"]) // (batch * heads * dim)
         at_once = max(BLOCK, at_once // BLOCK * BLOCK)
         for i in range(0, count, at_once):
-            codes, scales = half.codec.encode(x[:, :, i : i + at_once])
+            part = x[:, :, i : i + at_once]
+            codes, scales = half.codec.encode(part)
             if isinstance(start, int) and count > 1:
-                self._check_norms(half, *scales)
+                self._check_norms(half, part, scales)
             self._write(half, codes, scales, start + i)
 
     @staticmethod
-    def _check_norms(half: Half, *scales: Tensor) -> None:
-        if any(bool(torch.isinf(numbers).any()) for numbers in scales):
+    def _check_norms(half: Half, x: Tensor, scales: list[Tensor]) -> None:
+        """That all are known but those of vectors that hold NaN."""
+        unknown = torch.stack(scales).isnan().any(0)
+        if bool(unknown.any()) and bool((unknown & ~x.isnan().any(-1)).any()):
             raise ValueError(
                 f"the norm of a {half.side} is infinite or exceeds {FP16_MAX:.0f}, the largest that fp16 "
                 f"can store: scale the {half.side}s down, or keep this layer uncompressed"
