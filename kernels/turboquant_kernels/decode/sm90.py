@@ -107,6 +107,45 @@ def _mma_layout(warps: int) -> Any:
 
 
 @gluon.constexpr_function
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+@gluon.constexpr_function
+def _log2_of(power: int) -> int:
+    return power.bit_length() - 1
+
+
+@gluon.constexpr_function
+def _query_layout(warps: int, queries: int) -> Any:
+    """[coordinate, query row]: a thread has four neighbouring coordinates, a warp rows of its own."""
+    rows = max(1, queries // warps)
+    return gl.BlockedLayout([4, 1], [32 // rows, rows], [1, warps], [0, 1])
+
+
+@gluon.constexpr_function
+def _pair_layout(warps: int, queries: int) -> Any:
+    """[query row, 2]: what `_row_layout` leaves of a row's query rows, in every warp, two numbers of each."""
+    registers = [[0, 1]] + [[4 << k, 0] for k in range((queries // 4).bit_length() - 1)]
+    lanes = [[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [queries, 2]
+    )
+
+
+@gluon.constexpr_function
+def _operand_layout(warps: int, queries: int, units: int) -> Any:
+    """[coordinate, column]: the right operands of all units, side by side, in every warp."""
+    registers = [[1, 0], [2, 0], [16, 0]]
+    registers += [[0, 8 << k] for k in range((queries // 4).bit_length() - 1)]
+    registers += [[32 << k, 0] for k in range(units.bit_length() - 1)]
+    lanes = [[4, 0], [8, 0], [0, 1], [0, 2], [0, 4]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [32 * units, 2 * queries]
+    )
+
+
+@gluon.constexpr_function
 def _row_layout(warps: int, queries: int) -> Any:
     """[warp, 32 rows, query row]: lane 4 r + c has rows r, 8 + r, 16 + r, 24 + r of query rows c, 4 + c, ..."""
     registers = [[0, 8, 0], [0, 16, 0]] + [[0, 0, 4 << k] for k in range((queries // 4).bit_length() - 1)]
@@ -287,51 +326,82 @@ def _whole(product, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.constexpr, NORM: gl.constexpr,
-                    QUERIES: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.constexpr, QUERIES: gl.constexpr,
+                    WARPS: gl.constexpr):  # fmt: skip
     """Rotated queries -> right operands of 16-bit fixed point, what the halves add, and the scale of a score.
 
-    Of the units that share norm NORM, and a fixed-point scale."""
-    MMA: gl.constexpr = _mma_layout(WARPS)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    COLUMNS: gl.constexpr = 2 * QUERIES
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))
-    dim = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))
-    row = gl.expand_dims(gl.expand_dims(column // 2, 0), 1)
-    at = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT) + gl.expand_dims(gl.expand_dims(dim, 0), 2)
-    at = at + row * row_stride
-    known = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT) + row < rows
-    floats = ()
-    for unit in gl.static_range(all_units(RUNS)):
-        if norm_of(RUNS, unit) == NORM:
-            loaded = gl.load(q_ptr + at + 32 * unit, mask=known, other=0.0).to(gl.float32)
-            if run_of(RUNS, unit) == 1:
-                loaded = loaded * ratio
-            floats = floats + (loaded,)
-    largest = gl.max(gl.abs(floats[0]), 1)
-    total = gl.sum(floats[0], 1)
-    for unit in gl.static_range(1, len(floats)):
-        largest = gl.maximum(largest, gl.max(gl.abs(floats[unit]), 1))
-        total += gl.sum(floats[unit], 1)
-    largest = gl.maximum(largest, 1e-30)
-    inverse = gl.expand_dims(FIXED / largest, 1)
-    low_byte = gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=RIGHT)
-    low_byte = low_byte + gl.expand_dims(gl.expand_dims(column % 2, 0), 1) == 1
+    An operand a unit; halves and scale a norm, whose units share a fixed-point scale. Each warp takes some rows,
+    and hands their bytes to the others: through shared memory, once."""
+    NORMS: gl.constexpr = norms_of(RUNS)
+    UNITS: gl.constexpr = all_units(RUNS)
+    ROOM: gl.constexpr = _power_of_two(UNITS)
+    FIRST: gl.constexpr = 32 * units_of(RUNS, 0)
+    MINE: gl.constexpr = _query_layout(WARPS, QUERIES)
+    row = gl.expand_dims(gl.arange(0, QUERIES, layout=gl.SliceLayout(0, MINE)), 0)
+    at = gl.expand_dims(gl.arange(0, 32 * ROOM, layout=gl.SliceLayout(1, MINE)), 1)
+    known = (row < rows) & (at < row_stride)
+    x = gl.load(q_ptr + row * row_stride + at, mask=known, other=0.0).to(gl.float32)
+    if count_of(RUNS) == 2:
+        x = gl.where(at < FIRST, x, x * ratio)
+    parts = (x,)
+    if NORMS == 2:
+        parts = (gl.where(at < FIRST, x, 0.0), gl.where(at < FIRST, 0.0, x))
+    wholes = ()
+    halves = ()
+    scales = ()
+    for norm in gl.static_range(NORMS):
+        part = parts[norm]
+        largest = gl.maximum(gl.max(gl.abs(part), 0), 1e-30)
+        whole = part * gl.expand_dims(FIXED / largest, 0) + TO_WHOLE
+        whole = whole.to(gl.int32, bitcast=True) - TO_WHOLE_BITS
+        half = (gl.sum(whole, 0) + 1) >> 1
+        # A query with NaN or infinity in it has no scores: 0 * total carries that into every one of them.
+        scale = largest * (score_scale / FIXED) + 0.0 * gl.sum(part, 0)
+        both = gl.convert_layout(gl.join(scale.to(gl.int32, bitcast=True), half), _pair_layout(WARPS, QUERIES))
+        scale, half = gl.split(both)
+        wholes = wholes + (whole,)
+        halves = halves + (_low_columns(half, QUERIES, WARPS),)
+        scales = scales + (_every_warp(scale.to(gl.float32, bitcast=True), QUERIES, WARPS),)
+    whole = wholes[0]
+    if NORMS == 2:
+        whole = gl.where(at < FIRST, whole, wholes[1])
+    high = (whole + 128) >> 8
+    bytes_ = gl.join(high.to(gl.int8), (whole - (high << 8)).to(gl.int8))
+    bytes_ = gl.reshape(bytes_, [32 * ROOM, 2 * QUERIES])
+    bytes_ = gl.convert_layout(bytes_, _operand_layout(WARPS, QUERIES, ROOM))
+    units = (gl.permute(gl.reshape(bytes_, [ROOM, 32, 2 * QUERIES]), [1, 2, 0]),)
+    for k in gl.static_range(_log2_of(ROOM)):
+        evens = ()
+        odds = ()
+        for i in gl.static_range(len(units)):
+            even, odd = gl.split(gl.reshape(units[i], [32, 2 * QUERIES, ROOM >> (k + 1), 2]))
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        units = evens + odds
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, _mma_layout(WARPS), 4)
     operands = ()
-    sums = gl.zeros([WARPS, COLUMNS], gl.int32, layout=gl.SliceLayout(1, RIGHT))
-    for unit in gl.static_range(len(floats)):
-        whole = (floats[unit] * inverse + TO_WHOLE).to(gl.int32, bitcast=True) - TO_WHOLE_BITS
-        high = (whole + 128) >> 8
-        operands = operands + (gl.where(low_byte, whole - (high << 8), high).to(gl.int8),)
-        sums += gl.sum(whole, 1)
-    halves = gl.where(gl.expand_dims(column % 2, 0) == 1, (sums + 1) >> 1, 0)
-    halves = gl.expand_dims(gl.convert_layout(halves, gl.SliceLayout(1, MMA)), 1)
-    halves = halves + gl.zeros([WARPS, 32, COLUMNS], gl.int32, layout=MMA)
-    # A query with NaN or infinity in it has no scores: 0 * total carries that into every one of them.
-    scale = gl.convert_layout(largest * (score_scale / FIXED) + 0.0 * total, gl.SliceLayout(1, MMA))
-    scale, _ = gl.split(gl.reshape(scale, [WARPS, QUERIES, 2]))
-    scale = gl.convert_layout(scale, gl.SliceLayout(1, _row_layout(WARPS, QUERIES)))
-    return operands, halves, scale
+    for unit in gl.static_range(UNITS):
+        one = gl.reshape(units[unit], [32, 2 * QUERIES])
+        one = gl.expand_dims(gl.convert_layout(one, gl.SliceLayout(0, RIGHT), assert_trivial=True), 0)
+        operands = operands + (one + gl.zeros([WARPS, 32, 2 * QUERIES], gl.int8, layout=RIGHT),)
+    return operands, halves, scales
+
+
+@gluon.jit
+def _every_warp(x, QUERIES: gl.constexpr, WARPS: gl.constexpr):
+    """[query row] -> [warp, query row] beside the scores, the same in every warp."""
+    PEAKS: gl.constexpr = gl.SliceLayout(1, _row_layout(WARPS, QUERIES))
+    x = gl.convert_layout(x, gl.SliceLayout(0, PEAKS), assert_trivial=True)
+    return gl.expand_dims(x, 0) + gl.zeros([WARPS, QUERIES], x.dtype, layout=PEAKS)
+
+
+@gluon.jit
+def _low_columns(x, QUERIES: gl.constexpr, WARPS: gl.constexpr):
+    """[query row] -> what a product starts from: each in its column of low bytes, zero in that of high ones."""
+    x = gl.expand_dims(_every_warp(x, QUERIES, WARPS), 1)
+    x = x + gl.zeros([WARPS, 32, QUERIES], gl.int32, layout=_row_layout(WARPS, QUERIES))
+    columns = gl.reshape(gl.join(gl.zeros_like(x), x), [WARPS, 32, 2 * QUERIES])
+    return gl.convert_layout(columns, _mma_layout(WARPS), assert_trivial=True)
 
 
 @gluon.jit
@@ -589,17 +659,10 @@ def attend_splits(
         # Only the queries, and what is written, are the last launch's: codes and lengths are older.
         gl.inline_asm_elementwise(_WAIT, "=r", [], gl.int32, False, 1)
     left = rows - first_row
-    operands = ()
-    halves = ()
-    scales = ()
-    for norm in gl.static_range(norms_of(KEYS)):
-        made, half, scale = _query_operands(
-            q_ptr + (head * rows + first_row) * (32 * UNITS), left, 32 * UNITS, score_scale, key_ratio, KEYS,
-            norm, QUERIES, WARPS,
-        )  # fmt: skip
-        operands = operands + made
-        halves = halves + (half,)
-        scales = scales + (scale,)
+    operands, halves, scales = _query_operands(
+        q_ptr + (head * rows + first_row) * (32 * UNITS), left, 32 * UNITS, score_scale, key_ratio, KEYS,
+        QUERIES, WARPS,
+    )  # fmt: skip
     outputs = ()
     for _ in gl.static_range(all_units(VALUES)):
         outputs = outputs + (gl.zeros([WARPS, 32, QUERIES], gl.float32, layout=ROWS),)
