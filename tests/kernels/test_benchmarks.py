@@ -152,6 +152,7 @@ def test_flashinfer_is_given_the_same_keys_and_values(bench, rivals, monkeypatch
 
 def test_lines_and_table(bench):
     shape, other = bench.Shape(8, 8, 4, 32768), bench.Shape(1, 8, 4, 8192)
+    several = bench.Shape(1, 8, 28, 8192, 128, 4)
 
     def rounds(*middles):
         return [bench.Timing(0.9 * middle, middle, 1.1 * middle) for middle in middles]
@@ -166,6 +167,7 @@ def test_lines_and_table(bench):
             "gluon 4, 2": rounds(60.0, 62.5, 60.5),
         },
         other: {"bf16 cudnn": rounds(15.0), "gluon 4": rounds(7.5)},
+        several: {"bf16 cudnn": rounds(16.0), "gluon 4": rounds(8.0)},
     }
     sizes = {(at, arm): 480_000_000 for at in found for arm in found[at]}
     lines = bench.shape_lines(
@@ -184,4 +186,5 @@ def test_lines_and_table(bench):
         "|---|---|---|---|---|---|",
         "| 8, 8, 4, 32768, 128 | 242.0 | 2.00 | 3.00 | 4.00 | 4.00 |",
         "| 1, 8, 4, 8192, 128 | 15.0 |  | 2.00 |  |  |",
+        "| 1, 8, 7 x 4, 8192, 128 | 16.0 |  | 2.00 |  |  |",
     ]

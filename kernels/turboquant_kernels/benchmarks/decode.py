@@ -69,13 +69,16 @@ keys alone: one of the bits is a sketch of the residual, whose length counts in 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoding step: batch, key and value heads, query rows a head, tokens held, head_dim."""
+    """A decoding step: batch, key and value heads, query rows a head, tokens held, head_dim, new tokens.
+
+    Rows are the queries that share a key and value head, times the new tokens."""
 
     batch: int
     heads: int
     rows: int
     tokens: int
     dim: int = 128
+    new: int = 1
 
 
 @dataclass
@@ -368,7 +371,13 @@ def time_packed(
     while sum(p.nbytes for p in sets) < CACHE_BYTES:
         sets.append(random_packed(shape, keys, values, kernel))
     query = sets[0].queries(shape.rows)
-    timing = time_launches([partial(p.attend, query, length=shape.tokens, settings=settings) for p in sets])
+    # The last of the new tokens sees all that are held, each one before it a token less.
+    seen = {
+        "queries_per_head": shape.new,
+        "length": shape.tokens - shape.new + 1,
+        "moving": int(shape.new > 1),
+    }
+    timing = time_launches([partial(p.attend, query, settings=settings, **seen) for p in sets])
     return timing, sets[0].nbytes
 
 
@@ -381,9 +390,15 @@ SHAPES = [
     Shape(1, 4, 7, 131072),
 ]
 OTHER_SHAPES = [
-    *(Shape(1, 8, rows, tokens) for rows in (1, 2, 7, 16) for tokens in (8192, 32768)),
-    *(Shape(1, 8, 4, tokens, dim) for dim in (64, 256) for tokens in (8192, 32768)),
+    *(Shape(1, 8, rows, tokens) for tokens in (8192, 32768) for rows in (1, 2, 7, 16)),
+    *(Shape(8, 8, rows, 8192) for rows in (1, 7, 16)),
+    Shape(8, 8, 16, 32768),
     Shape(32, 8, 4, 8192),
+    *(Shape(1, 8, rows, tokens, dim) for dim in (64, 256) for tokens in (8192, 32768) for rows in (1, 4, 16)),
+    *(Shape(1, 8, rows, 8192, 96) for rows in (4, 16)),
+    *(Shape(1, 8, 4 * group, 8192, 128, 4) for group in (1, 2, 4, 7, 8, 16)),
+    Shape(1, 8, 28, 32768, 128, 4),
+    *(Shape(1, 8, 28, 8192, dim, 4) for dim in (64, 256)),
 ]
 ARMS = [(form, form.removesuffix("-prod")) for form in FORMS if form != "1"]
 ARMS += [("4", "2"), ("3.5-oblivious", "2.5-oblivious")]
@@ -509,7 +524,7 @@ def shape_lines(
     """A line an arm: percentiles of the median round, bandwidth, and times faster than the best bf16."""
     best = fastest(found, "bf16")
     lines = [
-        f"{shape.batch} x {shape.heads} heads x {shape.rows} rows x {shape.tokens}, head_dim {shape.dim}"
+        f"{shape.batch} x {shape.heads} heads x {rows_of(shape)} rows x {shape.tokens}, head_dim {shape.dim}"
     ]
     for arm, rounds in found.items():
         took = sorted(rounds, key=lambda t: t.p50)[len(rounds) // 2]
@@ -524,6 +539,11 @@ def shape_lines(
         lines.append(line)
     lines += [f"   {arm:32} {why}" for (at, arm), why in refused.items() if at == shape and arm not in found]
     return lines
+
+
+def rows_of(shape: Shape) -> str:
+    """Query rows a head, with several new tokens as a product: queries times new tokens."""
+    return str(shape.rows) if shape.new == 1 else f"{shape.rows // shape.new} x {shape.new}"
 
 
 TABLE = {"4": "4", "3.5": "conservative", "3": "3", "2.5": "aggressive", "2": "2"}
@@ -543,7 +563,7 @@ def markdown(kernel: str, found: dict[Shape, dict[str, list[Timing]]]) -> list[s
         best = fastest(timed, "bf16")
         if best is None:
             continue
-        size = ", ".join(str(n) for n in (shape.batch, shape.heads, shape.rows, shape.tokens, shape.dim))
+        size = ", ".join(str(n) for n in (shape.batch, shape.heads, rows_of(shape), shape.tokens, shape.dim))
         cells = [size, f"{median(t.p50 for t in timed[best]):.1f}"]
         cells += [
             f"{median(ratios(timed, arm, best)):.2f}" if arm in timed else ""
@@ -558,7 +578,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", choices=("gluon", "triton"), help="only this one, not all that run here")
     parser.add_argument(
-        "--shapes", help="only these: batch x heads x rows x tokens [x head_dim], 8x8x4x32768,..."
+        "--shapes",
+        help="only these: batch x heads x rows x tokens [x head_dim [x new tokens]], 8x8x4x32768,...",
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often each arm is built and timed")
     parser.add_argument("--quick", action="store_true", help="a quarter of the checks, fewer shapes")

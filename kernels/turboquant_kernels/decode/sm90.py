@@ -128,9 +128,7 @@ def _pair_layout(warps: int, queries: int) -> Any:
     """[query row, 2]: what `_row_layout` leaves of a row's query rows, in every warp, two numbers of each."""
     registers = [[0, 1]] + [[4 << k, 0] for k in range((queries // 4).bit_length() - 1)]
     lanes = [[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]]
-    return gl.DistributedLinearLayout(
-        registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [queries, 2]
-    )
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0]] * (warps.bit_length() - 1), [], [queries, 2])
 
 
 @gluon.constexpr_function
@@ -357,7 +355,9 @@ def _query_operands(q_ptr, rows, row_stride, score_scale, ratio, RUNS: gl.conste
         half = (gl.sum(whole, 0) + 1) >> 1
         # A query with NaN or infinity in it has no scores: 0 * total carries that into every one of them.
         scale = largest * (score_scale / FIXED) + 0.0 * gl.sum(part, 0)
-        both = gl.convert_layout(gl.join(scale.to(gl.int32, bitcast=True), half), _pair_layout(WARPS, QUERIES))
+        both = gl.convert_layout(
+            gl.join(scale.to(gl.int32, bitcast=True), half), _pair_layout(WARPS, QUERIES)
+        )
         scale, half = gl.split(both)
         wholes = wholes + (whole,)
         halves = halves + (_low_columns(half, QUERIES, WARPS),)
