@@ -73,7 +73,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from turboquant_kernels.benchmarks.fp8 import _attend_splits as kernel
 types = dict(q_ptr="*fp16", k_ptr="*fp8e4nv", v_ptr="*fp8e4nv", scales_ptr="*fp32", partial_ptr="*fp32",
-             sums_ptr="*fp32", tokens="i32", splits="i32", rows="i32", heads="i32", scale="fp32")
+             sums_ptr="*fp32", tokens="i32", splits="i32", rows="i32", scale="fp32")
 constants = dict(ROWS=16, DIM=128, TILE=int(sys.argv[1]), STAGES=3, DEPENDENTS=True, EARLY=False)
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name.endswith("_ptr")}

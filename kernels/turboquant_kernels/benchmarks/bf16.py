@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +13,30 @@ from torch import Tensor
 from turboquant_kernels.decode.launch import combine
 from turboquant_kernels.device import has_dependent_launches
 
-__all__ = ["attend_bf16"]
+__all__ = ["attend_bf16", "begin_split", "end_split", "launch_splits"]
+
+
+@triton.jit
+def begin_split(DEPENDENTS: tl.constexpr, EARLY: tl.constexpr):
+    """Wait for the launch before; if EARLY, the combination's programs may be in place at once."""
+    if DEPENDENTS:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def end_split(
+    out, top, total, partial_ptr, sums_ptr, at, rows, DEPENDENTS: tl.constexpr, EARLY: tl.constexpr
+):
+    """Write what a split found, of the rows from `at` on."""
+    row, dim = tl.arange(0, out.shape[0]), tl.arange(0, out.shape[1])
+    at += row
+    tl.store(partial_ptr + at[:, None] * out.shape[1] + dim[None, :], out, mask=row[:, None] < rows)
+    tl.store(sums_ptr + 2 * at, top, mask=row < rows)
+    tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
+    if DEPENDENTS and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["tokens", "splits", "rows"])
@@ -20,12 +46,9 @@ def _attend_splits(
     DEPENDENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: bf16 products, float32 softmax."""
-    if DEPENDENTS:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    begin_split(DEPENDENTS, EARLY)
     q = tl.load(
         q_ptr + (head * rows + row[:, None]) * DIM + dim[None, :], mask=row[:, None] < rows, other=0.0
     )
@@ -46,31 +69,44 @@ def _attend_splits(
         values = tl.load(v_ptr + at, mask=token[:, None] < tokens, other=0.0)
         out = tl.dot(p.to(tl.bfloat16), values, out * keep[:, None])
         top = moved
-    at = (head.to(tl.int64) * splits + split) * rows + row
-    tl.store(partial_ptr + at[:, None] * DIM + dim[None, :], out, mask=row[:, None] < rows)
-    tl.store(sums_ptr + 2 * at, top, mask=row < rows)
-    tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
-    if DEPENDENTS and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    at = (head.to(tl.int64) * splits + split) * rows
+    end_split(out, top, total, partial_ptr, sums_ptr, at, rows, DEPENDENTS, EARLY)
 
 
 def attend_bf16(
     query: Tensor, keys: Tensor, values: Tensor, *, tile: int, stages: int, programs: int, early: bool
 ) -> Tensor:
-    """Attention of (B, G, rows, D) bf16 over (B, G, tokens, D) bf16, float32 out.
+    """Attention of (B, G, rows, D) bf16 over (B, G, tokens, D) bf16, float32 out; as `launch_splits`."""
+    return launch_splits(_attend_splits, query, (keys, values), tile, stages, programs, early)
 
-    With `early`, the combination's programs may be in place before the splits' have ended.
+
+def launch_splits(
+    kernel: Any, query: Tensor, read: Sequence[Tensor], tile: int, stages: int, programs: int, early: bool
+) -> Tensor:
+    """Attend split by split, then combine.
+
+    Args:
+        kernel: Of one split of one head.
+        query: (B, G, rows, D).
+        read: What the kernel reads besides, the keys (B, G, tokens, D) first.
+        tile: Tokens a step.
+        stages: Steps whose loads are in flight.
+        programs: A multiprocessor.
+        early: Whether the combination's programs may be in place before the splits' have ended.
+
+    Returns:
+        (B, G, rows, D) float32.
     """
     batch, heads, rows, dim = query.shape
-    tokens = keys.shape[2]
+    tokens = read[0].shape[2]
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     splits = max(1, min(processors * programs // (batch * heads), -(-tokens // tile)))
     partial = torch.empty(batch, heads, splits, rows, dim, device=query.device)
     sums = torch.empty(batch, heads, splits, rows, 2, device=query.device)
     out = torch.empty(batch, heads, rows, dim, device=query.device)
     dependents = has_dependent_launches(query.device)
-    _attend_splits[(splits, batch * heads)](
-        query, keys, values, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
+    kernel[(splits, batch * heads)](
+        query, *read, partial, sums, tokens, splits, rows, dim**-0.5 * 1.4426950408889634,
         ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile, STAGES=stages,
         DEPENDENTS=dependents, EARLY=early, num_warps=4, launch_pdl=dependents,
     )  # fmt: skip

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboquant_kernels.decode.launch import combine
-from turboquant_kernels.device import has_dependent_launches
+from turboquant_kernels.benchmarks.bf16 import begin_split, end_split, launch_splits
 
 __all__ = ["Fp8Cache", "attend_fp8"]
 
@@ -63,17 +62,14 @@ class Fp8Cache:
 
 @triton.jit(do_not_specialize=["tokens", "splits", "rows"])
 def _attend_splits(
-    q_ptr, k_ptr, v_ptr, scales_ptr, partial_ptr, sums_ptr, tokens, splits, rows, heads, scale,
+    q_ptr, k_ptr, v_ptr, scales_ptr, partial_ptr, sums_ptr, tokens, splits, rows, scale,
     ROWS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one head: float16 products, float32 softmax."""
-    if DEPENDENTS:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     split, head = tl.program_id(0), tl.program_id(1)
     row, dim, place = tl.arange(0, ROWS), tl.arange(0, DIM), tl.arange(0, TILE)
+    begin_split(DEPENDENTS, EARLY)
     scale *= tl.load(scales_ptr + head)
     q = tl.load(
         q_ptr + (head * rows + row[:, None]) * DIM + dim[None, :], mask=row[:, None] < rows, other=0.0
@@ -95,29 +91,12 @@ def _attend_splits(
         values = tl.load(v_ptr + at)
         out = tl.dot(p.to(tl.float16), tl.trans(values.to(tl.float16)), out * keep[:, None])
         top = moved
-    at = (head.to(tl.int64) * splits + split) * rows + row
-    out *= tl.load(scales_ptr + heads + head)
-    tl.store(partial_ptr + at[:, None] * DIM + dim[None, :], out, mask=row[:, None] < rows)
-    tl.store(sums_ptr + 2 * at, top, mask=row < rows)
-    tl.store(sums_ptr + 2 * at + 1, total, mask=row < rows)
-    if DEPENDENTS and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    out *= tl.load(scales_ptr + tl.num_programs(1) + head)
+    at = (head.to(tl.int64) * splits + split) * rows
+    end_split(out, top, total, partial_ptr, sums_ptr, at, rows, DEPENDENTS, EARLY)
 
 
 def attend_fp8(query: Tensor, cache: Fp8Cache, *, stages: int, programs: int, early: bool) -> Tensor:
-    """Attention of (B, G, rows, D) float16 over an FP8 cache, float32 out; `early` as in `attend_bf16`."""
-    batch, heads, rows, dim = query.shape
-    tokens, tile = cache.keys.shape[2], cache.values.shape[-1]
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    splits = max(1, min(processors * programs // (batch * heads), tokens // tile))
-    partial = torch.empty(batch, heads, splits, rows, dim, device=query.device)
-    sums = torch.empty(batch, heads, splits, rows, 2, device=query.device)
-    out = torch.empty(batch, heads, rows, dim, device=query.device)
-    dependents = has_dependent_launches(query.device)
-    _attend_splits[(splits, batch * heads)](
-        query, cache.keys, cache.values, cache.scales, partial, sums, tokens, splits, rows, batch * heads,
-        dim**-0.5 * 1.4426950408889634, ROWS=max(16, triton.next_power_of_2(rows)), DIM=dim, TILE=tile,
-        STAGES=stages, DEPENDENTS=dependents, EARLY=early, num_warps=4, launch_pdl=dependents,
-    )  # fmt: skip
-    combine(partial, sums, out, 1.0)
-    return out
+    """Attention of (B, G, rows, D) float16 over an FP8 cache, float32 out; as `launch_splits`."""
+    read = (cache.keys, cache.values, cache.scales)
+    return launch_splits(_attend_splits, query, read, cache.values.shape[-1], stages, programs, early)

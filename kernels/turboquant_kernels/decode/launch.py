@@ -13,7 +13,7 @@ from torch import Tensor
 from turboquant_kernels.decode.combine import combine_splits
 from turboquant_kernels.decode.portable import attend_splits as attend_splits_plainly
 from turboquant_kernels.decode.step import DIMS
-from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor
+from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor, tensors_of
 from turboquant_kernels.device import FLOATS, has_dependent_launches
 from turboquant_kernels.packed_kv.layout import check_stored, in_register_order
 
@@ -197,7 +197,7 @@ def attend_codes(
     grid = (splits, batch * heads, -(-rows // how.queries))
     key_runs, value_runs, tables = kernel_runs(keys, values)
     found = (
-        query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
+        query, *tensors_of(keys, values),
         table_tensor(tables, query.device), first, length_tensor, floor_tensor, partial, sums, blocks, splits,
         heads, rows, queries_per_head, skipped, length, moving, floor, softmax_scale * LOG2_E / keys.units[0],
         keys.units[0] / keys.units[-1], values.units[0] / values.units[-1], (softcap or 0.0) * LOG2_E,
@@ -255,10 +255,6 @@ def _check(query: Tensor, keys: Codes, values: Codes, length: int, floor: int) -
             f"{held} tokens of keys and {values.norms[0].shape[-1]} of values are stored, which must be the "
             f"same, and at least the {max(length, floor)} that are to be read"
         )
-
-
-def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 def combine(

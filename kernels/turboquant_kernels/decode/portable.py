@@ -103,6 +103,16 @@ def _lane_words(loads, WORDS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _load_tables(tables_ptr, KEYS: tl.constexpr, VALUES: tl.constexpr, WARPS: tl.constexpr):
+    """The tables' words of a lane."""
+    lanes = tl.arange(0, 128)[None, :] + tl.zeros([WARPS, 128], tl.int32)
+    loads = ()
+    for k in tl.static_range(table_loads(KEYS, VALUES)):
+        loads = loads + (tl.load(tables_ptr + 128 * k + lanes),)
+    return _lane_words(loads, 4 * table_loads(KEYS, VALUES), WARPS)
+
+
+@triton.jit
 def _block_words(loads, RUNS: tl.constexpr, WARPS: tl.constexpr):
     """The loads of a block -> the words of a lane, run by run."""
     words = (_lane_words(loads[0], bits_of(RUNS, 0) * units_of(RUNS, 0), WARPS),)
@@ -455,11 +465,7 @@ def attend_splits(
     keys = _load_words_of_step(key_words, more_key_words, first_full, last, KEYS, SUBS, WARPS)
     norms = _load_norms_of_step(key_norms, more_key_norms, value_norms, more_value_norms, first_full, last, KEYS,
                                 VALUES, SUBS, WARPS)  # fmt: skip
-    lanes = tl.arange(0, 128)[None, :] + tl.zeros([WARPS, 128], tl.int32)
-    loads = ()
-    for k in tl.static_range(table_loads(KEYS, VALUES)):
-        loads = loads + (tl.load(tables_ptr + 128 * k + lanes),)
-    tables = _lane_words(loads, 4 * table_loads(KEYS, VALUES), WARPS)
+    tables = _load_tables(tables_ptr, KEYS, VALUES, WARPS)
     left = rows - first_row
     operands = ()
     halves = ()

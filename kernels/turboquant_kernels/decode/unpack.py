@@ -19,7 +19,16 @@ from torch import Tensor
 
 from turboquant_kernels.registers import UNIT
 
-__all__ = ["MOST_RUNS", "Codes", "kernel_runs", "level_table", "table_tensor", "unit_ptx", "unpack_ptx"]
+__all__ = [
+    "MOST_RUNS",
+    "Codes",
+    "kernel_runs",
+    "level_table",
+    "table_tensor",
+    "tensors_of",
+    "unit_ptx",
+    "unpack_ptx",
+]
 
 Runs = tuple[tuple[int, int, int, int, bool], ...]
 Tables = tuple[tuple[tuple[int, ...], int], ...]
@@ -69,6 +78,12 @@ class Codes:
     def nbytes(self) -> int:
         """Bytes that attention must read."""
         return sum(t.nbytes for t in (*self.words, *self.norms))
+
+
+def tensors_of(keys: Codes, values: Codes) -> list[Tensor | None]:
+    """Words of keys, words of values, norms of keys, norms of values: of each two, or one and None."""
+    sides = (keys.words, values.words, keys.norms, values.norms)
+    return [tensor for held in sides for tensor in (*held, None)[:2]]
 
 
 def level_table(levels: Sequence[int], bits: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turboquant_kernels.decode.launch import combine
 from turboquant_kernels.decode.step import basis, codes
-from turboquant_kernels.decode.unpack import Codes, table_tensor
+from turboquant_kernels.decode.unpack import Codes, table_tensor, tensors_of
 from turboquant_kernels.device import launches
 from turboquant_kernels.packed_kv import BLOCK, Reading, VectorCodec
 from turboquant_kernels.packed_kv.store import Half
@@ -122,7 +122,7 @@ def attend(
         for half, held in ((reading.keys, keys), (reading.values, values))
     )
     attend_prefix[(tiles, batch * heads, splits)](
-        query, *_two(keys.words), *_two(values.words), *_two(keys.norms), *_two(values.norms),
+        query, *tensors_of(keys, values),
         table_tensor(tables, query.device), key_turn, value_turn, reading.raw_keys.contiguous(),
         reading.raw_values.contiguous(), reading.keys.sinks, reading.values.sinks,
         None if reading.first is None else reading.first.contiguous(), _on_device(before), _on_device(start),
@@ -189,10 +189,6 @@ def _runs(held: Codes) -> tuple[int, int, int, int, bool]:
     widths = [width // BLOCK for width in held.widths]
     second = (widths[1], held.bits[1]) if len(widths) > 1 else (0, 0)
     return widths[0], held.bits[0], *second, len(held.norms) > 1
-
-
-def _two(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 def _on_device(number: int | Tensor) -> Tensor | None:

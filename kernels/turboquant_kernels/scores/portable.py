@@ -15,10 +15,10 @@ from turboquant_kernels.decode.portable import (
     _block_words,
     _blocks,
     _by_row,
-    _lane_words,
     _levels,
     _load_block,
     _load_norms,
+    _load_tables,
     _query_operands,
     _whole,
 )
@@ -28,7 +28,6 @@ from turboquant_kernels.decode.shared import (
     count_of,
     norm_of,
     norms_of,
-    table_loads,
     units_of,
 )
 from turboquant_kernels.scores.shared import LENGTHS, SIZES, signature
@@ -111,11 +110,7 @@ def score_splits(
     end = steps * (split + 1) // splits
 
     following = _load_step(words, more_words, norms, more_norms, lengths, begin, last, KEYS, SUBS, WARPS)
-    lanes = tl.arange(0, 128)[None, :] + tl.zeros([WARPS, 128], tl.int32)
-    loads = ()
-    for k in tl.static_range(table_loads(KEYS, KEYS)):
-        loads = loads + (tl.load(tables_ptr + 128 * k + lanes),)
-    tables = _lane_words(loads, 4 * table_loads(KEYS, KEYS), WARPS)
+    tables = _load_tables(tables_ptr, KEYS, KEYS, WARPS)
     left = rows - first_row
     row_at = head.to(tl.int64) * rows + first_row
     query = ()
