@@ -1,7 +1,7 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
 python compiled_encode.py ARCHITECTURE encode VALUES PART... | rotate HEAD_DIM INVERSE
-    | append HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
+    | append HEAD_DIM BITS SKETCHED | sketch HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
 
 A part is seven numbers, as `encode_tokens` takes them.
 """
@@ -62,7 +62,20 @@ def rotate(architecture: int, dim: int, inverse: int) -> Any:
     return compiled(rotate_rows, types, constants, architecture, max(1, dim // 128))
 
 
-def append(architecture: int, dim: int, bits: int) -> Any:
+def sketch(architecture: int, dim: int, bits: int) -> Any:
+    from turboquant_kernels.packed_kv.sketched import BLOCKS, sketch_tokens
+
+    counts = ("start", "encoded", "count", "blocks", "heads", "programs")
+    types = {"x_ptr": "*i32", "words_ptr": "*i32", "lengths_ptr": "*fp16"} | dict.fromkeys(counts, "i32")
+    types |= {f"{name}_ptr": "*fp32" for name in ("factors", "thresholds", "levels", "sketch")}
+    types |= dict.fromkeys(("row_stride", "head_stride", "token_stride"), "i32")
+    m = 12 if dim % 3 == 0 else 1
+    constants: dict[str, Any] = {"WIDTH": dim, "BITS": bits, "M": m, "LOG": (dim // m).bit_length() - 1}
+    constants |= {"ROUNDS": 3, "BLOCKS": BLOCKS // (dim // 128 or 1), "start_ptr": None, "encoded_ptr": None}
+    return compiled(sketch_tokens, types, constants, architecture, 4)
+
+
+def append(architecture: int, dim: int, bits: int, sketched: int) -> Any:
     from turboquant_kernels.packed_kv.append import append_token
 
     kinds = {"words": "*i32", "norms": "*fp16", "factors": "*fp32", "thresholds": "*fp32", "sinks": "*bf16"}
@@ -71,10 +84,16 @@ def append(architecture: int, dim: int, bits: int) -> Any:
     types |= {"before_ptr": "*i64", "encoded_ptr": "*i64", "ticket_ptr": "*i32"}
     numbers = ("before", "encoded", "lowest", "window", "sinks", "blocks", "heads", "capacity")
     types |= dict.fromkeys(numbers, "i32")
+    if sketched:
+        types |= {"more_key_words_ptr": "*i32", "more_key_norms_ptr": "*fp16", "arrived_ptr": "*i32"}
+        types |= {"levels_ptr": "*fp32", "sketch_ptr": "*fp32"}
+    m = 12 if dim % 3 == 0 else 1
+    if m > 1:
+        types["signs_ptr"] = "*fp32"
     constants: dict[str, Any] = dict.fromkeys(
         name for name in append_token.arg_names if name.endswith("_ptr") and name not in types
     )
-    half = ((dim, bits, 0, dim // 32, 1, dim.bit_length() - 1, 3),)
+    half = ((dim, bits, 0, dim // 32, m, (dim // m).bit_length() - 1, 3),)
     constants |= {"DIM": dim, "KEYS": half, "VALUES": half, "DEPENDENTS": architecture >= 90}
     return compiled(append_token, types, constants, architecture, 1)
 
@@ -118,7 +137,14 @@ def rows_are_lanes(kernel: Any) -> bool:
 
 
 def main(architecture: str, what: str, *numbers: str) -> None:
-    kinds = {"encode": encode, "rotate": rotate, "append": append, "raw": raw, "combine": combine}
+    kinds = {
+        "encode": encode,
+        "rotate": rotate,
+        "append": append,
+        "sketch": sketch,
+        "raw": raw,
+        "combine": combine,
+    }
     kernel = kinds[what](int(architecture), *map(int, numbers))
     sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))

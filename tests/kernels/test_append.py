@@ -72,7 +72,7 @@ def check_bytes(
     append = fused.append
     with interpreted.context() as patch:
         patch.setattr(device, "has_triton", lambda x: x.shape[2] == 1)
-        patch.setattr(fused, "encodes", lambda codec, x: False)
+        patch.setattr(fused, "encodes", lambda *_: False)
         patch.setattr(fused, "append", lambda *args, **options: calls.append(append(*args, **options)))
         found = fill(make(), window, sinks, capacity, padding, appended)
     assert len(calls) == appended + 1
@@ -166,3 +166,22 @@ def test_without_a_fault_they_are_right(interpreted) -> None:
 
 def check_few(interpreted) -> None:
     check_bytes(lambda: whole((1, 1), 32), 2, 3, 100, interpreted, padding=(0, 9), appended=9)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "window", "sinks", "capacity"),
+    [
+        ((5, 4), 128, 1, 0, None),
+        ((4, 3), 128, 17, 10, 100),
+        ((3, 1), 64, 16, 0, 100),
+        ((2, 2), 96, 33, 3, None),
+        ((4, 2), 96, 9, 0, 100),
+        ((4, 4), 256, 8, 0, 100),
+    ],
+)
+def test_bytes_of_keys_with_a_sketch_are_the_same(bits, dim, window, sinks, capacity, interpreted) -> None:
+    def make() -> list[VectorCodec]:
+        keys, values = (((dim, b),) for b in bits)
+        return [vector_codec(dim, keys, seed=1, kind="prod"), vector_codec(dim, values, seed=2)]
+
+    check_bytes(make, window, sinks, capacity, interpreted)

@@ -12,6 +12,7 @@ from turboquant.rotation import make_rotation
 from turboquant_kernels import dequantize
 from turboquant_kernels.hadamard import implementation
 from turboquant_kernels.packed_kv import PackedKV
+from turboquant_kernels.packed_kv.layout import unpack
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +128,104 @@ def test_squares_are_added_in_halves(width) -> None:
         assert kv.encoding == "triton"
         for half in (kv.keys, kv.values):
             assert torch.equal(half.scales[0][0, 0, : len(x)].cpu(), right)
+
+
+def check_sketched(here: PackedKV, there: PackedKV, keys: Tensor) -> None:
+    """All bytes but signs are the same, and nearly all signs; others are of sums that are 0 in float32."""
+    a, b = here.keys, there.keys
+    assert same_bytes(a.words[0], b.words[0])
+    assert all(same_bytes(x, y) for x, y in zip(a.scales, b.scales, strict=True))
+    assert same_bytes(a.recent, b.recent)
+    assert same_bytes(a.sinks, b.sinks)
+    assert not b.arrived.any()
+    group = a.codec.groups[0]
+    signs = [unpack(half.words[1].cpu(), 1, group.dim, "key").flatten(2, 3) for half in (a, b)]
+    where = (signs[0] != signs[1]).nonzero()
+    assert len(where) <= 1e-5 * signs[0].numel()
+    print(f"{len(where)} of {signs[0].numel()} signs differ")
+    for row, head, token, sign in where.tolist():
+        x = keys[row, head, token].float()
+        z = group.rotation.forward(x[None])[0] * (group.root / x.double().square().sum().sqrt().float())
+        level = group.coded[0].levels[torch.bucketize(z, group.coded[0].thresholds, right=True)]
+        rest, weights = (z - level).double(), group.sketch.matrix[sign].double()
+        assert abs(rest @ weights) <= 4e-6 * rest.norm() * weights.norm()
+    for x, y in zip(here.values.tensors(), there.values.tensors(), strict=True):
+        assert same_bytes(x, y)
+
+
+@pytest.mark.parametrize("capacity", [None, 3000])
+@pytest.mark.parametrize(
+    ("dim", "bits", "dtype"),
+    [
+        *((dim, bits, torch.bfloat16) for dim in (64, 96, 128, 256) for bits in (2, 3, 4, 5)),
+        (128, 4, torch.float16),
+        (128, 4, torch.float32),
+        (96, 3, torch.float32),
+        (256, 5, torch.float16),
+    ],
+    ids=str,
+)
+def test_a_prefills_keys_with_a_sketch_are_the_cpus_bytes(dim, bits, dtype, capacity) -> None:
+    keys, values = (normal(2, 3, 2500, dim, seed=s, dtype=dtype) for s in (1, 2))
+    keys[:, :, :, 7] *= 20
+    keys[0, 1, 490] = 0
+    keys[0, 1, 491] *= 1e-3
+    if capacity is not None:  # without, such norms are refused
+        keys[1, 1, 492, 3] = torch.inf
+        keys[1, 0, 493, 3] = torch.nan
+    stores = []
+    for device in ("cpu", "cuda"):
+        codecs = [
+            vector_codec(dim, ((dim, bits),), seed=1, kind="prod"),
+            vector_codec(dim, ((dim, 2),), seed=2),
+        ]
+        kv = PackedKV(*codecs, window=40, sinks=3, capacity=capacity)
+        start = 0
+        for count in (1000, 37, 500, 900, 63):
+            kv.update(*(x[:, :, start : start + count].to(device) for x in (keys, values)))
+            start += count
+        stores.append(kv)
+    assert [kv.encoding for kv in stores] == ["torch", "triton"]
+    check_sketched(*stores, keys)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["launched", "captured"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_appended_keys_with_a_sketch_are_the_cpus_bytes(bits, dim, captured) -> None:
+    dtype = {2: torch.float32, 3: torch.float16}.get(bits, torch.bfloat16)
+    keys, values = (normal(2, 3, 150, dim, seed=s, dtype=dtype) for s in (1, 2))
+    keys[:, :, :, 7::9] *= 20
+    keys[0, 1, 100] = 0
+    keys[0, 2, 102] *= 1e-3
+    keys[1, 0, 101, 3] = torch.nan
+    keys[1, 1, 103, 3] = torch.inf
+    stores = []
+    for device in ("cpu", "cuda"):
+        codecs = [
+            vector_codec(dim, ((dim, bits),), seed=1, kind="prod"),
+            vector_codec(dim, ((dim, 2),), seed=2),
+        ]
+        kv = PackedKV(*codecs, window=16, capacity=300 if captured else None)
+        kv.update(*(x[:, :, :60].to(device) for x in (keys, values)))
+        new = [x[:, :, 60:61].to(device).clone() for x in (keys, values)]
+        kv.update(*new)
+        graph = None
+        if captured and device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kv.update(*new)
+        for token in range(61, 150):
+            for x, its in zip(new, (keys, values), strict=True):
+                x.copy_(its[:, :, token : token + 1])
+            if graph is None:
+                kv.update(*new)
+            else:
+                graph.replay()
+        stores.append(kv)
+    assert [kv.encoding for kv in stores] == ["torch", "triton"]
+    assert int(stores[0].length) == int(stores[1].length) == 150
+    check_sketched(*stores, keys)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

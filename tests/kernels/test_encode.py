@@ -28,7 +28,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, "hadamard.kernel", "packed_kv.encode")
+        interpret(patch, "hadamard.kernel", "packed_kv.encode", "packed_kv.append", "packed_kv.sketched")
         yield patch
 
 
@@ -41,8 +41,9 @@ def bytes_of(kv: PackedKV) -> list[Tensor]:
     return [t.reshape(-1).view(torch.uint8) for half in halves for t in (*half.words, *half.scales)]
 
 
-def fill(dim, parts, window, sinks, capacity, dtype, split) -> PackedKV:
-    codecs = [vector_codec(dim, parts, seed=seed, split=split) for seed in (1, 2)]
+def fill(dim, parts, window, sinks, capacity, dtype, split, kind="mse") -> PackedKV:
+    codecs = [vector_codec(dim, parts, seed=1, split=split, kind=kind)]
+    codecs.append(vector_codec(dim, parts if kind == "mse" else ((dim, 1),), seed=2, split=split))
     kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
     heads = 2 if dim == 64 else 1
     keys, values = (normal(1, heads, 110, dim, seed=s).to(dtype) for s in (3, 4))
@@ -95,6 +96,31 @@ def test_bytes_are_the_same(dim, parts, window, sinks, capacity, dtype, split, i
         found = fill(dim, parts, window, sinks, capacity, dtype, split)
     assert found.encoding == "triton"
     assert int(expected.encoded) == int(found.encoded) > 64
+    for a, b in zip(bytes_of(expected), bytes_of(found), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "window", "sinks", "capacity", "dtype"),
+    [
+        (128, 4, 0, 0, None, torch.bfloat16),
+        (128, 5, 9, 4, 150, torch.float16),
+        (64, 2, 0, 0, None, torch.float32),
+        (96, 3, 0, 3, 150, torch.bfloat16),
+        (256, 4, 0, 0, 150, torch.float16),
+    ],
+    ids=str,
+)
+def test_bytes_of_keys_with_a_sketch_are_the_same(
+    dim, bits, window, sinks, capacity, dtype, interpreted
+) -> None:
+    given = (dim, ((dim, bits),), window, sinks, capacity, dtype, "oblivious", "prod")
+    expected = fill(*given)
+    assert expected.encoding == "torch"
+    with interpreted.context() as patch:
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
+        found = fill(*given)
+    assert found.encoding == "triton"
     for a, b in zip(bytes_of(expected), bytes_of(found), strict=True):
         assert torch.equal(a, b)
 

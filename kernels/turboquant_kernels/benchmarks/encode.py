@@ -32,8 +32,8 @@ from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_in
 from turboquant_kernels.decode import step
 from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference
-from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, VectorCodec, fused
-from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
+from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, Sketch, VectorCodec, fused
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack, unpack
 
 __all__ = ["SignedHadamard", "codec_of", "main"]
 
@@ -61,7 +61,29 @@ class SignedHadamard:
         return SignedHadamard(self.factors.to(device))
 
 
-def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0, rounds: int = 3) -> VectorCodec:
+class UnseenHadamard:
+    """The same rotation, of which kernels that encode know nothing: codecs that have it are torch's."""
+
+    def __init__(self, rotation: SignedHadamard) -> None:
+        self.rotation = rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate x, (..., d) float32."""
+        return self.rotation.forward(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo `forward`."""
+        return self.rotation.inverse(z)
+
+    def to(self, device: torch.device | str) -> UnseenHadamard:
+        """The same rotation on another device."""
+        return UnseenHadamard(self.rotation.to(device))
+
+
+def codec_of(
+    dim: int, *parts: tuple[int, int], seed: int = 0, rounds: int = 3, sketched: bool = False,
+    by_torch: bool = False,
+) -> VectorCodec:  # fmt: skip
     """A codec with one norm whose runs are (width, bits); what its levels are does not matter for time."""
     source = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (rounds, dim), generator=source) * 2 - 1
@@ -72,7 +94,11 @@ def codec_of(dim: int, *parts: tuple[int, int], seed: int = 0, rounds: int = 3) 
         levels = torch.cat([-half.flip(0), half])
         thresholds = ((levels[:-1] + levels[1:]) / 2).float()
         runs.append(Run(width, bits, levels.float(), thresholds, (positive, scale)))
-    return VectorCodec([GroupCodec(SignedHadamard(signs.float() / math.sqrt(dim)), runs)])
+    sketch = None
+    if sketched:
+        sketch = Sketch(torch.randn(dim, dim, generator=source), math.sqrt(math.pi / 2) / dim)
+    rotation = SignedHadamard(signs.float() / math.sqrt(dim))
+    return VectorCodec([GroupCodec(UnseenHadamard(rotation) if by_torch else rotation, runs, sketch)])
 
 
 def factors_of(dim: int, seed: int = 0) -> Tensor:
@@ -114,7 +140,7 @@ def random_store(dim: int, bits: int, heads: int, tokens: int) -> Store:
 
 
 def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
-    """Whole blocks by the reference: torch operations on the device."""
+    """Whole blocks by the reference: torch operations on the device; lengths of residuals are left out."""
     codes, scales = codec.encode(x)
     words = [
         pack(found.view(*found.shape[:2], -1, BLOCK, found.shape[-1]), bits, side)
@@ -162,6 +188,19 @@ def checks() -> dict[str, Callable[[], int]]:
         expected = encoded_by_torch(codec, x, side)
         return wrong_bytes([*store.words, store.norms], [*expected.words, expected.norms])
 
+    def sketching(dim: int, bits: int) -> int:
+        codec = sketched_keys(dim, bits).to("cuda")
+        x = torch.randn(2, 8, 4096, dim, device="cuda").bfloat16()
+        store = room(codec, 2, 8, 4096)
+        lengths = torch.full_like(store.norms, math.nan)
+        fused.encode(codec, x, store.words, [store.norms, lengths], 0, 0, "key")
+        codes, scales = codec.encode(x)
+        expected = encoded_by_torch(codec, x, "key")
+        wrong = wrong_bytes([store.words[0], store.norms, lengths], [expected.words[0], *scales])
+        # A sum of products may be rounded otherwise, and is then 0 to within that.
+        signs = (unpack(store.words[1], 1, dim, "key").flatten(2, 3) != codes[-1]).sum()
+        return wrong + (int(signs) if int(signs) > 1e-5 * x.numel() else 0)
+
     def rotating(dim: int, rows: int, inverse: bool, dtype: torch.dtype) -> int:
         factors = factors_of(dim)
         x = torch.randn(rows, dim, device="cuda").to(dtype)
@@ -184,6 +223,9 @@ def checks() -> dict[str, Callable[[], int]]:
         return wrong
 
     found: dict[str, Callable[[], int]] = {}
+    for dim in DIMS:
+        for bits in (4, 3, 2):
+            found[f"encode d {dim} bits {bits} one a sketch"] = partial(sketching, dim, bits)
     sides: tuple[Side, Side] = ("key", "value")
     for dim in DIMS:
         for bits in (4, 3, 2, 1):
@@ -300,6 +342,69 @@ def time_torch(dim: int, vectors: int, bits: int) -> Row:
     return Row(f"d {dim:3} encode {dim} x {bits} bits, keys, by torch", timing, size)
 
 
+def sketched_keys(dim: int, bits: int, by_torch: bool = False) -> VectorCodec:
+    """Keys of so many bits, one of which is a sketch of the residual."""
+    return codec_of(dim, (dim, bits - 1), seed=1, sketched=True, by_torch=by_torch)
+
+
+def time_sketches(dim: int, vectors: int, bits: int = 4) -> list[Row]:
+    """Encoding so many keys with a sketch, beside whole bits and beside torch's operations, in turn."""
+    heads = 8
+    tokens = vectors // heads
+    sets = 1 + math.ceil(CACHE_BYTES / (2 * vectors * dim))
+    inputs = [torch.randn(1, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+
+    def launches(codec: VectorCodec) -> list[Callable[[], object]]:
+        codec = codec.to("cuda")
+        stores = [room(codec, 1, heads, tokens) for _ in inputs]
+        lengths = [[torch.empty_like(s.norms)] if len(codec.runs) > 1 else [] for s in stores]
+        return [
+            partial(fused.encode, codec, x, store.words, [store.norms, *more], 0, 0, "key")
+            for x, store, more in zip(inputs, stores, lengths, strict=True)
+        ]
+
+    unseen = sketched_keys(dim, bits).to("cuda")
+    arms: dict[str, Sequence[Callable[[], object]]] = {
+        f"{bits} bits": launches(codec_of(dim, (dim, bits), seed=1)),
+        f"{bits} bits, one a sketch": launches(sketched_keys(dim, bits)),
+        f"{bits} bits, one a sketch, by torch": [partial(encoded_by_torch, unseen, inputs[0], "key")],
+    }
+    size = inputs[0].nbytes + vectors * (dim * bits // 8 + 4)
+    name = f"d {dim:3} {vectors} keys"
+    return [
+        Row(f"{name}, {arm}", timing_of(times), size)
+        for arm, times in time_in_turn(arms, at_least=1, replays=11).items()
+    ]
+
+
+def time_sketched_append(batch: int, dim: int = 128, bits: int = 4) -> list[Row]:
+    """An update of a layer by one token, its keys with a sketch, beside whole bits and torch's, in turn."""
+    heads = 8
+    new = [torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    keys = {
+        f"{bits} bits": codec_of(dim, (dim, bits), seed=1),
+        f"{bits} bits, one of keys' a sketch": sketched_keys(dim, bits),
+        f"{bits} bits, one of keys' a sketch, by torch": sketched_keys(dim, bits, by_torch=True),
+    }
+    arms: dict[str, Sequence[Callable[[], object]]] = {}
+    for name, codec in keys.items():
+        kv = PackedKV(codec, codec_of(dim, (dim, bits), seed=2), window=128, capacity=8192)
+        start = [torch.randn(batch, heads, 4096, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        kv.update(start[0], start[1])
+        arms[name] = [partial(kv.update, new[0], new[1])]
+    size = sum(2 * x.nbytes for x in new) * 2
+    return [
+        Row(f"d {dim:3} append, batch {batch}, {heads} heads, {arm}", timing_of(times), size)
+        for arm, times in time_in_turn(arms, at_least=64).items()
+    ]
+
+
+def timing_of(times: Sequence[float]) -> Timing:
+    """The percentiles of replays' times."""
+    found = sorted(times)
+    return Timing(*(found[round(share * (len(found) - 1))] for share in (0.2, 0.5, 0.8)))
+
+
 def filled(batch: int, heads: int, tokens: int, room: int, dim: int, bits: int, rounds: int = 3) -> PackedKV:
     """A layer's cache of fixed capacity, its lengths on the device."""
     codecs = [codec_of(dim, (dim, bits), seed=seed, rounds=rounds) for seed in (1, 2)]
@@ -352,9 +457,7 @@ def time_around(batch: int, tokens: int, dim: int = 128, bits: int = 4) -> list[
     times["append and both rotations"] = [a - b for a, b in zip(*times.values(), strict=True)]
     rows = []
     for name, found in times.items():
-        found.sort()
-        timing = Timing(*(found[round(share * (len(found) - 1))] for share in (0.2, 0.5, 0.8)))
-        rows.append(Row(f"batch {batch}, {heads} heads, {tokens} tokens: {name}", timing, size))
+        rows.append(Row(f"batch {batch}, {heads} heads, {tokens} tokens: {name}", timing_of(found), size))
     return rows
 
 
@@ -405,6 +508,13 @@ def main(arguments: list[str] | None = None) -> int:
         add(row)
     for batch in (1, 64):
         add(time_append(batch))
+    for dim in DIMS:
+        for row in time_sketches(dim, 1 << 18):
+            add(row)
+        for row in time_sketched_append(1, dim):
+            add(row)
+    for row in time_sketched_append(64):
+        add(row)
     for batch, tokens in ((1, 8192), (1, 32768), (64, 1024)):
         for row in time_around(batch, tokens):
             add(row)

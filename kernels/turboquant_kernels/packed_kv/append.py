@@ -6,6 +6,11 @@ takes its place, and, if it is one of a row's first, a place among the sinks. Le
 advanced by the program that is the last to have read them. Every product, sum, root and quotient is rounded
 as `codec` and `hadamard.reference` round it: launch it without fused multiply-adds. Where bits lie is drawn
 in `turboquant_kernels.registers`.
+
+Keys with a sketch have programs for 32 signs each beside, since its matrix takes longer to fetch than all
+else: each makes the residual itself, and the last to have read the leaving token puts the new one in its
+place. Only their products, d terms a sign, are summed in an order of their own: a sign may differ where a sum
+is 0 to within float32's rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import triton.language as tl
 
 from turboquant_kernels.hadamard.kernel import hadamard
 
-__all__ = ["append_token"]
+__all__ = ["append_token", "place_of", "residual", "table"]
 
 
 @triton.jit
@@ -33,7 +38,7 @@ def _mixed(x, signs_ptr, M: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr):
+def _sum_of_squares(x, WIDTH: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr):
     """Of a vector, added in halves as `codec` does."""
     if M == 1:
         squares = x * x
@@ -42,15 +47,12 @@ def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexp
             squares = tl.sum(tl.reshape(squares, [2, WIDTH >> (k + 1)]), 0)
         total = tl.sum(squares, 0)
     else:
-        # 12 * 2^k = 3 * 2^(k + 2): halves until three are left, the last of which is added first. Read
-        # again, in an order in which halves are halves.
-        row, third = tl.arange(0, WIDTH // 3)[:, None], tl.arange(0, 4)[None, :]
-        channel = row * 3 + third
-        held = third + row * 0 < 3
-        if channel_ptr is not None:
-            channel = tl.load(channel_ptr + channel, mask=held, other=0).to(tl.int32)
-        x = tl.load(row_ptr + channel, mask=held, other=0.0).to(tl.float32)
-        squares = tl.reshape(x * x, [WIDTH // 3 * 4])
+        # 12 * 2^k = 3 * 2^(k + 2): halves until three are left, the last of which is added first. In rows of
+        # three and one that is none, halves are halves.
+        place = tl.arange(0, WIDTH // 3 * 4)
+        channel = place // 4 * 3 + place % 4
+        x = tl.gather(x, tl.minimum(channel, WIDTH - 1), 0)
+        squares = tl.where(place % 4 < 3, x * x, 0.0)
         for k in tl.static_range(LOG + 2):
             squares = tl.sum(tl.reshape(squares, [2, (WIDTH // 3 * 4) >> (k + 1)]), 0)
         place = tl.arange(0, 4)
@@ -61,7 +63,7 @@ def _sum_of_squares(x, row_ptr, channel_ptr, WIDTH: tl.constexpr, M: tl.constexp
 
 
 @triton.jit
-def _place_of(unit, lane, k: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr):
+def place_of(unit, lane, k: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr):
     """Where word k of a run's units and lanes lies: loads of four words a lane, then two, then one."""
     COUNT: tl.constexpr = UNITS * BITS
     FOURS: tl.constexpr = COUNT // 4
@@ -96,34 +98,110 @@ def _load_run(
     unit, lane, held = _place_of_codes(place, do, FIRST, COUNT, DIM, VALUES)
     words = ()
     for k in tl.static_range(BITS):
-        words = words + (tl.load(base + _place_of(unit, lane, k, BITS, COUNT), mask=held, other=0),)
+        words = words + (tl.load(base + place_of(unit, lane, k, BITS, COUNT), mask=held, other=0),)
     return words
 
 
 @triton.jit
+def _leaving(before, encoded, lowest, window, blocks):
+    """The token that leaves the window, and whether it is to be encoded; else 0."""
+    token = before - window
+    do = (token >= encoded) & (token >= lowest) & (token >= 0) & (token < blocks * 32)
+    return tl.where(do, token, 0), do
+
+
+@triton.jit
+def _advance(before_ptr, encoded_ptr, ticket_ptr, before, encoded, window, capacity):
+    """With a ticket: the last program that has read the lengths adds the new token to them."""
+    if ticket_ptr is not None:
+        tl.device_assert(before < capacity, "the capacity is exceeded")
+        # The last to arrive knows that all have read the lengths. No fence is needed for that: what is added
+        # depends on what was read, and nothing else is.
+        arrived = tl.atomic_add(ticket_ptr, tl.where((before >= 0) & (encoded >= 0), 1, 0), sem="relaxed")
+        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(ticket_ptr, 0)
+            tl.store(before_ptr, (before + 1).to(tl.int64))
+            tl.store(encoded_ptr, tl.maximum(encoded, before + 1 - window).to(tl.int64))
+
+
+@triton.jit
+def _replace(row_ptr, channel, held, new_row, arrived_ptr, total, OTHERS: tl.constexpr):
+    """Put the new token where the leaving one was, if all OTHERS programs have read that, by their totals."""
+    if OTHERS > 0:
+        # A sum of squares is never -1; as above, what is added depends on what was read.
+        arrived = tl.atomic_add(arrived_ptr, tl.where(total == -1.0, 0, 1), sem="relaxed")
+        if arrived == OTHERS:
+            tl.store(arrived_ptr, 0)
+            tl.store(row_ptr + channel, new_row, mask=held)
+    else:
+        tl.store(row_ptr + channel, new_row, mask=held)
+
+
+@triton.jit
+def _coordinates(
+    x, total, norm, factors, signs_ptr, WIDTH: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """x rotated, for variance 1."""
+    SIZE: tl.constexpr = x.shape[0]
+    for k in tl.static_range(ROUNDS):
+        x = hadamard(x * factors[k], SIZE, LOG)
+        if M > 1:
+            x = _mixed(x, signs_ptr, M, SIZE)
+    root = tl.sqrt_rn(tl.full([1], WIDTH, tl.float32))
+    z = x * tl.where(total > 1e-25, tl.div_rn(root, tl.zeros([1], tl.float32) + norm), 0.0)
+    return tl.where(tl.abs(z) < float("inf"), z, 0.0)
+
+
+@triton.jit
+def residual(z, thresholds, levels, BITS: tl.constexpr):
+    """Coordinates without the levels that their codes stand for."""
+    level = tl.zeros(z.shape, tl.float32) + levels[0]
+    for k in tl.static_range((1 << BITS) - 1):
+        level = tl.where(thresholds[k] <= z, levels[k + 1], level)
+    return z - level
+
+
+@triton.jit
+def table(ptr, COUNT: tl.constexpr):
+    """The numbers of a table, each in a register."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found = found + (tl.load(ptr + k),)
+    return found
+
+
+@triton.jit
+def _factors(ptr, place, WIDTH: tl.constexpr, ROUNDS: tl.constexpr):
+    """The signs of each round of a rotation."""
+    found = ()
+    for k in tl.static_range(ROUNDS):
+        found = found + (tl.load(ptr + k * WIDTH + place, mask=place < WIDTH, other=0.0),)
+    return found
+
+
+@triton.jit
 def _append(
-    head, recent_ptr, new_ptr, channel_ptr, words_ptr, more_words_ptr, norms_ptr, factors_ptr,
-    thresholds_ptr, more_thresholds_ptr, sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr,
-    before, encoded, lowest, window, sinks, blocks, heads, capacity,
+    head, recent_ptr, new_ptr, channel_ptr, words_ptr, more_words_ptr, norms_ptr, lengths_ptr, factors_ptr,
+    thresholds_ptr, more_thresholds_ptr, levels_ptr, sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr,
+    ticket_ptr, arrived_ptr, before, encoded, lowest, window, sinks, blocks, heads, capacity,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
     FIRST_UNITS: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr,
     VALUES: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
-    """As `append_token`, for the channels of one half that share a norm."""
+    """As `append_token`, for the channels of one half that share a norm; but for the signs of a sketch."""
     SIZE: tl.constexpr = WIDTH if M == 1 else WIDTH // M * 16
     place = tl.arange(0, SIZE)
     held = place < WIDTH
     # All that never changes is asked for first: later, each would be waited for where it is needed.
-    factors = ()
-    for k in tl.static_range(ROUNDS):
-        factors = factors + (tl.load(factors_ptr + k * WIDTH + place, mask=held, other=0.0),)
-    thresholds = ()
-    for k in tl.static_range((1 << BITS) - 1):
-        thresholds = thresholds + (tl.load(thresholds_ptr + k),)
+    factors = _factors(factors_ptr, place, WIDTH, ROUNDS)
+    thresholds = table(thresholds_ptr, (1 << BITS) - 1)
     more_thresholds = ()
     if OTHER_BITS > 0:
-        for k in tl.static_range((1 << OTHER_BITS) - 1):
-            more_thresholds = more_thresholds + (tl.load(more_thresholds_ptr + k),)
+        more_thresholds = table(more_thresholds_ptr, (1 << OTHER_BITS) - 1)
+    levels = ()
+    if levels_ptr is not None:
+        levels = table(levels_ptr, 1 << BITS)
     if DEPENDENTS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -134,9 +212,7 @@ def _append(
     sink = before
     if first_ptr is not None:
         sink -= tl.load(first_ptr + head // heads).to(tl.int32)
-    token = before - window
-    do = (token >= encoded) & (token >= lowest) & (token >= 0) & (token < blocks * 32)
-    token = tl.where(do, token, 0)
+    token, do = _leaving(before, encoded, lowest, window, blocks)
     block, inside = head * blocks + token // 32, token % 32
     channel = place
     if channel_ptr is not None:
@@ -154,27 +230,12 @@ def _append(
         more_words_ptr += block * (OTHERS * 32 * OTHER_BITS)
         more_words = _load_run(more_words_ptr, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE, VALUES)
 
-    if ticket_ptr is not None:
-        tl.device_assert(before < capacity, "the capacity is exceeded")
-        # The last to arrive knows that all have read the lengths. No fence is needed for that: what is added
-        # depends on what was read, and nothing else is.
-        arrived = tl.atomic_add(ticket_ptr, tl.where((before >= 0) & (encoded >= 0), 1, 0), sem="relaxed")
-        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
-            tl.store(ticket_ptr, 0)
-            tl.store(before_ptr, (before + 1).to(tl.int64))
-            tl.store(encoded_ptr, tl.maximum(encoded, before + 1 - window).to(tl.int64))
-
-    total = _sum_of_squares(x, row_ptr, channel_ptr, WIDTH, M, LOG)
+    _advance(before_ptr, encoded_ptr, ticket_ptr, before, encoded, window, capacity)
+    total = _sum_of_squares(x, WIDTH, M, LOG)
     norm = tl.sqrt_rn(total)
-    for k in tl.static_range(ROUNDS):
-        x = hadamard(x * factors[k], SIZE, LOG)
-        if M > 1:
-            x = _mixed(x, signs_ptr, M, SIZE)
-    root = tl.sqrt_rn(tl.full([1], WIDTH, tl.float32))
-    z = x * tl.where(total > 1e-25, tl.div_rn(root, tl.zeros([1], tl.float32) + norm), 0.0)
-    z = tl.where(tl.abs(z) < float("inf"), z, 0.0)
+    _replace(row_ptr, channel, held, new_row, arrived_ptr, total, 0 if levels_ptr is None else WIDTH // 32)
+    z = _coordinates(x, total, norm, factors, signs_ptr, WIDTH, M, LOG, ROUNDS)
 
-    tl.store(row_ptr + channel, new_row, mask=held)
     kept = place < tl.where((sink >= 0) & (sink < sinks), WIDTH, 0)
     tl.store(sinks_ptr + (head * sinks + sink) * CHANNELS + channel, new_row, mask=kept)
     half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
@@ -186,6 +247,63 @@ def _append(
             z, more_words_ptr, more_words, more_thresholds, inside, do, UNITS, OTHERS, OTHER_BITS, SIZE,
             VALUES,
         )  # fmt: skip
+    if levels_ptr is not None:
+        rest = residual(z, thresholds, levels, BITS)
+        length = tl.zeros([1], tl.float32) + tl.sqrt_rn(_sum_of_squares(rest, WIDTH, M, LOG))
+        length = tl.div_rn(length, tl.sqrt_rn(tl.full([1], WIDTH, tl.float32)))
+        length = tl.where(norm > 0, length, 0.0).to(tl.float16)
+        one = tl.arange(0, 1)
+        tl.store(lengths_ptr + head * blocks * 32 + token + one, length, mask=one < tl.where(do, 1, 0))
+
+
+@triton.jit
+def _append_signs(
+    head, unit, recent_ptr, new_ptr, words_ptr, factors_ptr, thresholds_ptr, levels_ptr, sketch_ptr,
+    signs_ptr, before_ptr, encoded_ptr, ticket_ptr, arrived_ptr, before, encoded, lowest, window, blocks,
+    capacity,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr,
+    DEPENDENTS: tl.constexpr,
+):  # fmt: skip
+    """As `append_token`, signs 32 unit .. 32 unit + 31 of the sketch of the leaving key's residual."""
+    SIZE: tl.constexpr = WIDTH if M == 1 else WIDTH // M * 16
+    place = tl.arange(0, SIZE)
+    held = place < WIDTH
+    factors = _factors(factors_ptr, place, WIDTH, ROUNDS)
+    thresholds = table(thresholds_ptr, (1 << BITS) - 1)
+    levels = table(levels_ptr, 1 << BITS)
+    # 16 rows, and 16 below, for which there are no registers yet if they are long.
+    sketch_ptr += ((unit * 32 + tl.arange(0, 16)) * WIDTH)[:, None] + place[None, :]
+    upper = tl.load(sketch_ptr, mask=held[None, :], other=0.0)
+    if SIZE <= 128:
+        lower = tl.load(sketch_ptr + 16 * WIDTH, mask=held[None, :], other=0.0)
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if before_ptr is not None:
+        before = tl.load(before_ptr).to(tl.int32)
+    if encoded_ptr is not None:
+        encoded = tl.load(encoded_ptr).to(tl.int32)
+    token, do = _leaving(before, encoded, lowest, window, blocks)
+    row_ptr = recent_ptr + (head * window + before % window) * WIDTH
+    x = tl.load(row_ptr + place, mask=held, other=0.0).to(tl.float32)
+    new_row = tl.load(new_ptr + head * WIDTH + place, mask=held, other=0.0)
+    inside = token % 32
+    lane = inside // 4 * 4 + tl.arange(0, 4)
+    words_ptr += (head * blocks + token // 32) * WIDTH + place_of(unit, lane, 0, 1, WIDTH // 32)
+    stored = lane < tl.where(do, 32, 0)
+    word = tl.load(words_ptr, mask=stored, other=0)
+    _advance(before_ptr, encoded_ptr, ticket_ptr, before, encoded, window, capacity)
+    total = _sum_of_squares(x, WIDTH, M, LOG)
+    _replace(row_ptr, place, held, new_row, arrived_ptr, total, WIDTH // 32)
+    z = _coordinates(x, total, tl.sqrt_rn(total), factors, signs_ptr, WIDTH, M, LOG, ROUNDS)
+    rest = tl.where(held, residual(z, thresholds, levels, BITS), 0.0)[None, :]
+    bit = tl.arange(0, 16) % 4 * 4 + inside % 4
+    signs = (tl.sum(upper * rest, 1) >= 0).to(tl.int32) << bit
+    if SIZE > 128:
+        lower = tl.load(sketch_ptr + 16 * WIDTH, mask=held[None, :], other=0.0)
+    signs |= (tl.sum(lower * rest, 1) >= 0).to(tl.int32) << (bit + 16)
+    word = (word & ~(0x11111111 << inside % 4)) | tl.sum(tl.reshape(signs, [4, 4]), 1)
+    tl.store(words_ptr, word, mask=stored)
 
 
 @triton.jit
@@ -224,7 +342,7 @@ def _store_run(
             else:
                 new = codes << (nibble + i)
             new = (words[k] & ~mask) | tl.sum(new, 1)
-            tl.store(base + _place_of(unit, lane, k, BITS, COUNT), new, mask=held)
+            tl.store(base + place_of(unit, lane, k, BITS, COUNT), new, mask=held)
     else:
         dim = tl.arange(0, DIM)
         i = place % 4
@@ -248,7 +366,7 @@ def _store_run(
             new = tl.sum(tl.sum(tl.reshape(new, [DIM // 32, 2, 4, 4]), 3), 1)
             new = (words[k] & ~mask) | new
             written = held & (unit < tl.where(active, COUNT, 0))
-            tl.store(base + _place_of(unit, lane, k, BITS, COUNT), new, mask=written)
+            tl.store(base + place_of(unit, lane, k, BITS, COUNT), new, mask=written)
 
 
 @triton.jit(
@@ -259,23 +377,23 @@ def append_token(
     more_key_norms_ptr, key_factors_ptr, more_key_factors_ptr, key_thresholds_ptr, more_key_thresholds_ptr,
     key_sinks_ptr, recent_values_ptr, new_values_ptr, value_order_ptr, value_words_ptr, more_value_words_ptr,
     value_norms_ptr, more_value_norms_ptr, value_factors_ptr, more_value_factors_ptr, value_thresholds_ptr,
-    more_value_thresholds_ptr, value_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr,
-    before, encoded, lowest, window, sinks, blocks, heads, capacity,
+    more_value_thresholds_ptr, value_sinks_ptr, levels_ptr, sketch_ptr, arrived_ptr, signs_ptr, first_ptr,
+    before_ptr, encoded_ptr, ticket_ptr, before, encoded, lowest, window, sinks, blocks, heads, capacity,
     DIM: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
     """Encode the token that leaves a head's window, unless it has codes, and put the new one in its place.
 
     Program (batch * heads + head, part): the channels of keys that share a norm are a part, or two; then
-    those of values.
+    those of values; then, if keys have a sketch, each 32 signs of it.
 
     Args:
         recent_keys_ptr: (batch, heads, window, DIM): token t in row t mod window.
         new_keys_ptr: (batch, heads, DIM), token `before`.
         key_order_ptr: (heads, DIM) uint8: the channels of each head, one part after another; None: in order.
         key_words_ptr: (batch, heads, blocks, width * bits) int32 of the first run.
-        more_key_words_ptr: The same of the second run, or None.
+        more_key_words_ptr: The same of the second run, or the signs of a sketch, or None.
         key_norms_ptr: (batch, heads, blocks * 32) float16 of the first part.
-        more_key_norms_ptr: The same of the second part, or None.
+        more_key_norms_ptr: The same of the second part, or residuals' lengths with a sketch, or None.
         key_factors_ptr: (rounds, width) float32: signs over sqrt(width), of the first part.
         more_key_factors_ptr: The same of the second part, or None.
         key_thresholds_ptr: (2^bits - 1,) float32 of the first run.
@@ -293,6 +411,9 @@ def append_token(
         value_thresholds_ptr: (2^bits - 1,) float32.
         more_value_thresholds_ptr: The same, or None.
         value_sinks_ptr: (batch, heads, sinks, DIM).
+        levels_ptr: (2^bits,) float32, those of keys with a sketch, which are one part and one run; or None.
+        sketch_ptr: (DIM, DIM) float32: its matrix; or None.
+        arrived_ptr: (batch * heads,) int32, 0 before and after: with a sketch, programs that have read a key.
         signs_ptr: (12, 12) float32, H_12, if a width is 12 * 2^k.
         first_ptr: (batch,) int64, padding tokens of each row, or None.
         before_ptr: () int64 to use instead of `before`, or None.
@@ -316,17 +437,20 @@ def append_token(
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     channels = head % heads * DIM
+    if sketch_ptr is not None:
+        arrived_ptr += head
     for i in tl.static_range(len(KEYS)):
         if part == i:
             order_ptr = None if key_order_ptr is None else key_order_ptr + channels + (DIM - KEYS[i][0]) * i
             _append(
                 head, recent_keys_ptr, new_keys_ptr, order_ptr,
                 more_key_words_ptr if i else key_words_ptr, more_key_words_ptr,
-                more_key_norms_ptr if i else key_norms_ptr, more_key_factors_ptr if i else key_factors_ptr,
-                more_key_thresholds_ptr if i else key_thresholds_ptr, more_key_thresholds_ptr,
-                key_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, before, encoded,
-                lowest, window, sinks, blocks, heads, capacity, DIM, KEYS[i][0], KEYS[i][1], KEYS[i][2],
-                KEYS[i][3], KEYS[i][4], KEYS[i][5], KEYS[i][6], False, DEPENDENTS,
+                more_key_norms_ptr if i else key_norms_ptr, more_key_norms_ptr,
+                more_key_factors_ptr if i else key_factors_ptr,
+                more_key_thresholds_ptr if i else key_thresholds_ptr, more_key_thresholds_ptr, levels_ptr,
+                key_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, arrived_ptr,
+                before, encoded, lowest, window, sinks, blocks, heads, capacity, DIM, KEYS[i][0], KEYS[i][1],
+                KEYS[i][2], KEYS[i][3], KEYS[i][4], KEYS[i][5], KEYS[i][6], False, DEPENDENTS,
             )  # fmt: skip
     for i in tl.static_range(len(VALUES)):
         if part == len(KEYS) + i:
@@ -336,10 +460,17 @@ def append_token(
             _append(
                 head, recent_values_ptr, new_values_ptr, order_ptr,
                 more_value_words_ptr if i else value_words_ptr, more_value_words_ptr,
-                more_value_norms_ptr if i else value_norms_ptr,
+                more_value_norms_ptr if i else value_norms_ptr, None,
                 more_value_factors_ptr if i else value_factors_ptr,
-                more_value_thresholds_ptr if i else value_thresholds_ptr, more_value_thresholds_ptr,
-                value_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, before, encoded,
-                lowest, window, sinks, blocks, heads, capacity, DIM, VALUES[i][0], VALUES[i][1], VALUES[i][2],
-                VALUES[i][3], VALUES[i][4], VALUES[i][5], VALUES[i][6], True, DEPENDENTS,
+                more_value_thresholds_ptr if i else value_thresholds_ptr, more_value_thresholds_ptr, None,
+                value_sinks_ptr, signs_ptr, first_ptr, before_ptr, encoded_ptr, ticket_ptr, None, before,
+                encoded, lowest, window, sinks, blocks, heads, capacity, DIM, VALUES[i][0], VALUES[i][1],
+                VALUES[i][2], VALUES[i][3], VALUES[i][4], VALUES[i][5], VALUES[i][6], True, DEPENDENTS,
             )  # fmt: skip
+    if sketch_ptr is not None and part >= len(KEYS) + len(VALUES):
+        _append_signs(
+            head, part - (len(KEYS) + len(VALUES)), recent_keys_ptr, new_keys_ptr, more_key_words_ptr,
+            key_factors_ptr, key_thresholds_ptr, levels_ptr, sketch_ptr, signs_ptr, before_ptr, encoded_ptr,
+            ticket_ptr, arrived_ptr, before, encoded, lowest, window, blocks, capacity, KEYS[0][0],
+            KEYS[0][1], KEYS[0][4], KEYS[0][5], KEYS[0][6], DEPENDENTS,
+        )  # fmt: skip

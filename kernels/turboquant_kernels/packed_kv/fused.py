@@ -17,21 +17,28 @@ from turboquant_kernels.packed_kv.layout import BLOCK, Side, in_register_order
 if TYPE_CHECKING:
     from turboquant_kernels.packed_kv.store import Half
 
-__all__ = ["append", "encode", "encodes", "suits"]
+__all__ = ["append", "encode", "encodes", "has_sketch", "suits"]
 
 
-def suits(codec: Codec, token: Tensor) -> bool:
+def has_sketch(codec: Codec) -> bool:
+    """Whether `append` needs a count of programs for each head (`Half.arrived`)."""
+    return isinstance(codec, VectorCodec) and codec.groups[0].sketch is not None
+
+
+def suits(codec: Codec, token: Tensor, side: Side) -> bool:
     """Whether `append` can encode with this codec where the token is.
 
     Args:
         codec: One part or two of channels with a norm each, or one part in two runs, of 1..4 bits in register
-            order, with Hadamard rotations of 2^k or 12 * 2^k channels, are what it can do.
+            order, with Hadamard rotations of 2^k or 12 * 2^k channels, are what it can do; of keys in one
+            run of 64 channels or more also a sketch.
         token: (B, G, 1, D).
+        side: Which half it is of.
 
     Returns:
         Whether it can.
     """
-    return device.has_triton(token) and token.dtype in device.FLOATS and _parts(codec) is not None
+    return device.has_triton(token) and token.dtype in device.FLOATS and _parts(codec, side) is not None
 
 
 @device.launches(lambda halves, *_, **__: halves[0][1])
@@ -65,9 +72,11 @@ def append(
             append([one], before, encoded, lowest=lowest, first=first, ticket=mine, capacity=capacity)
         return
     pointers: dict[Side, list[Tensor | None]] = {"key": [None] * 12, "value": [None] * 12}
+    sketch: list[Tensor | None] = [None] * 3
+    units = 0
     parts: dict[Side, tuple[tuple[int, ...], ...]] = {"key": (), "value": ()}
     for half, token in halves:
-        codec, found = half.codec, _parts(half.codec)
+        codec, found = half.codec, _parts(half.codec, half.side)
         assert found is not None  # for mypy: `suits` asks
         assert isinstance(codec, VectorCodec)
         runs = [run.thresholds for run in _runs(codec)]
@@ -76,14 +85,18 @@ def append(
         pairs.append((half.sinks,))
         pointers[half.side] = [half.recent, token.contiguous(), codec.order, *chain.from_iterable(pairs)]
         parts[half.side] = found
+        group = codec.groups[0]
+        if group.sketch is not None:
+            sketch = [group.coded[0].levels, group.sketch.matrix, half.arrived]
+            units = codec.dim // 32
     lengths = [x if isinstance(x, Tensor) else None for x in (before, encoded)]
     numbers = [0 if isinstance(x, Tensor) else x for x in (before, encoded)]
     recent, words = halves[0][0].recent, halves[0][0].words[0]
     every = parts["key"] + parts["value"]
     dependents = device.has_dependent_launches(recent.device)
     signs = hadamard_seed_on(12, recent.device) if any(part[4] == 12 for part in every) else None
-    append_token[(recent.shape[0] * recent.shape[1], len(every))](
-        *pointers["key"], *pointers["value"], signs, first, *lengths, ticket, *numbers, lowest,
+    append_token[(recent.shape[0] * recent.shape[1], len(every) + units)](
+        *pointers["key"], *pointers["value"], *sketch, signs, first, *lengths, ticket, *numbers, lowest,
         recent.shape[2], halves[0][0].sinks.shape[2], words.shape[2], recent.shape[1], capacity or 0,
         DIM=halves[0][0].codec.dim, KEYS=parts["key"], VALUES=parts["value"], DEPENDENTS=dependents,
         num_warps=1, enable_fp_fusion=False, launch_pdl=dependents, debug=ticket is not None,
@@ -91,19 +104,20 @@ def append(
     )  # fmt: skip
 
 
-def encodes(codec: Codec, x: Tensor) -> bool:
+def encodes(codec: Codec, x: Tensor, side: Side) -> bool:
     """Whether `encode` can encode with this codec where the tokens are.
 
     Args:
         codec: As `suits`, and thresholds t and -t.
         x: (B, G, n, D).
+        side: Which half they are of.
 
     Returns:
         Whether it can.
     """
     if not device.has_triton(x) or x.dtype not in device.FLOATS:
         return False
-    parts = _parts(codec)
+    parts = _parts(codec, side)
     return parts is not None and all(run.symmetric for run in _runs(codec))
 
 
@@ -122,19 +136,24 @@ def encode(
     Args:
         codec: One that `encodes`.
         x: (B, G, n, D), tokens start, start + 1, ...
-        words: Of each run, (B, G, blocks, width * bits) int32.
-        norms: Of each part, (B, G, blocks * 32) float16; tokens beyond are left out.
+        words: Of each run, (B, G, blocks, width * bits) int32, signs of a sketch last.
+        norms: Of each part, (B, G, blocks * 32) float16, then lengths of residuals; tokens beyond are left
+            out.
         start: Number of the first token, on the host or () int64 on the device.
         encoded: Tokens that have codes, likewise.
         side: Whether words are laid out as keys or as values.
     """
     from turboquant_kernels.packed_kv.encode import encode_tokens
 
-    parts = _parts(codec)
+    parts = _parts(codec, side)
     assert parts is not None  # for mypy: `encodes` asks
     assert isinstance(codec, VectorCodec)
     factors = [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
     thresholds = [run.thresholds for run in _runs(codec)]
+    group = codec.groups[0]
+    if group.sketch is not None:
+        signs, lengths_of_residuals = words[-1], norms[-1]
+        words, norms = words[:-1], norms[:-1]
     pairs = chain.from_iterable((*x, None)[:2] for x in (words, norms, factors, thresholds))
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -152,6 +171,18 @@ def encode(
         x, codec.order, *pairs, *lengths, *numbers, count, words[0].shape[2], heads, touched, *x.stride()[:3],
         PARTS=parts, VALUES=side == "value", PTX=x.is_cuda, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
+    if group.sketch is not None:
+        from turboquant_kernels.packed_kv.sketched import BLOCKS, sketch_tokens
+
+        width, bits, *_, m, log, rounds = parts[0]
+        at_once = BLOCKS // (width // 128 or 1)
+        programs = -(-touched // at_once)
+        sketch_tokens[(batch * heads * programs,)](
+            x, signs, lengths_of_residuals, factors[0], thresholds[0], group.coded[0].levels,
+            group.sketch.matrix, *lengths, *numbers, count, signs.shape[2], heads, programs, *x.stride()[:3],
+            WIDTH=width, BITS=bits, M=m, LOG=log, ROUNDS=rounds, BLOCKS=at_once, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _runs(codec: Codec) -> list[Run]:
@@ -159,7 +190,7 @@ def _runs(codec: Codec) -> list[Run]:
     return [run for group in codec.groups for run in group.coded]
 
 
-def _parts(codec: Codec) -> tuple[tuple[int, ...], ...] | None:
+def _parts(codec: Codec, side: Side) -> tuple[tuple[int, ...], ...] | None:
     """What `append_token` must know of each part of the channels; None if it cannot do one."""
     if not isinstance(codec, VectorCodec) or not codec.fitted or codec.dim > 256:
         return None
@@ -169,7 +200,9 @@ def _parts(codec: Codec) -> tuple[tuple[int, ...], ...] | None:
     found = []
     for group in codec.groups:
         first, *rest = group.coded
-        if group.sketch is not None or not hasattr(group.rotation, "factors"):
+        if not hasattr(group.rotation, "factors"):
+            return None
+        if group.sketch is not None and (side == "value" or len(runs) > 1 or group.dim < 64):
             return None
         m = hadamard_order(group.dim)
         if m not in (1, 12):

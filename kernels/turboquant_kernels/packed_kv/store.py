@@ -43,6 +43,7 @@ class Half:
         scales: (B, G, blocks * 32) fp16 each.
         recent: (B, G, W, D): token t lies in row t mod W.
         sinks: (B, G, sinks, D): the first tokens of each row.
+        arrived: (B, G) int32 for keys with a sketch, 0 but while `fused.append` runs.
     """
 
     codec: Codec
@@ -51,6 +52,7 @@ class Half:
     scales: list[Tensor]
     recent: Tensor
     sinks: Tensor
+    arrived: Tensor | None = None
 
     def terms(self, start: int, stop: int) -> list[Term]:
         """Tokens start..stop - 1 decoded; start is a multiple of 32."""
@@ -64,11 +66,13 @@ class Half:
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, tables included."""
         yield from (*self.words, *self.scales, self.recent, self.sinks)
+        if self.arrived is not None:
+            yield self.arrived
         yield from self.codec.tensors()
 
     def shared(self) -> Half:
         """Another half of the same tensors; compilers do not look into `copy.copy`."""
-        return Half(self.codec, self.side, self.words, self.scales, self.recent, self.sinks)
+        return Half(self.codec, self.side, self.words, self.scales, self.recent, self.sinks, self.arrived)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Half:
         """The same half with every tensor but the tables changed."""
@@ -79,6 +83,7 @@ class Half:
             [change(numbers) for numbers in self.scales],
             change(self.recent),
             change(self.sinks),
+            None if self.arrived is None else change(self.arrived),
         )
 
 
@@ -264,7 +269,10 @@ class PackedKV:
                 torch.zeros(batch, heads, blocks * BLOCK, dtype=torch.float16, device=device)
                 for _ in range(codec.scales)
             ]
-            halves.append(Half(codec.to(device), side, words, scales, *raw))
+            arrived = None
+            if fused.has_sketch(codec):
+                arrived = torch.zeros(batch, heads, dtype=torch.int32, device=device)
+            halves.append(Half(codec.to(device), side, words, scales, raw[0], raw[1], arrived))
         self._halves = (halves[0], halves[1])
         if self.first is not None:
             self.first = self.first.to(device)
@@ -326,7 +334,7 @@ class PackedKV:
         if count == 1 and window:
             at_once = []
             for half, token in zip(self._both(), new, strict=True):
-                if fused.suits(half.codec, token):
+                if fused.suits(half.codec, token, half.side):
                     at_once.append((half, token))
                     continue
                 self._keep_sinks(half, token, before)
@@ -520,7 +528,7 @@ class PackedKV:
             if x.shape[2] == 0:
                 return
             self._fit(half, x, start)
-        if fused.encodes(half.codec, x):
+        if fused.encodes(half.codec, x, half.side):
             fused.encode(half.codec, x, half.words, half.scales, start, self.encoded, half.side)
             self.encoding = "triton"
             if isinstance(start, int) and x.shape[2] > 1:
