@@ -15,7 +15,7 @@ from interpreted import NEEDS_TRITON
 pytestmark = NEEDS_TRITON
 
 # Instructions a coordinate, within 10 %, of those 21 additions and 3 products of the rotation's own (24 and 3
-# at 256, 42 and 3 at 96), and tails of blocks, which are seldom run.
+# at 256, 42 and 3 at 96), and tails of blocks, which are seldom run; of a sketch, 32 of its signs.
 WHOLE = (128, 4, 0, 4, 1, 7, 3)
 FIGURES = {
     "encode": {
@@ -28,6 +28,7 @@ FIGURES = {
         (1, 32, 4, 0, 1, 1, 5, 3, 96, 3, 0, 3, 12, 3, 3): 59.5,
         (1, 256, 4, 0, 8, 1, 8, 3): 61.5,
     },
+    "sketch": {(128, 3): 68.5, (96, 3): 85.0, (256, 3): 79.5},
     "rotate": {(128, 1): 32.0, (256, 0): 38.5},
 }
 # Where registers do not hold everything: loads from local memory, at most. Half a vector of 256 and the
@@ -46,8 +47,11 @@ OF_NEWER = {((1, *WHOLE), 90): 53.5}
 
 # Instructions of what is around the codes in a decoding step, by capability.
 AROUND = {
-    ("append", 128, 4): {80: 1830, 90: 1830},
-    ("append", 64, 3): {80: 1260, 90: 1290},
+    ("append", 128, 4, 0): {80: 1830, 90: 1830},
+    ("append", 64, 3, 0): {80: 1260, 90: 1290},
+    ("append", 128, 3, 1): {80: 3200, 90: 3200},
+    ("append", 256, 4, 1): {80: 5230, 90: 5230},
+    ("append", 96, 2, 1): {80: 7230, 90: 7230},
     ("raw", 128, 2): {80: 1036, 89: 1056, 90: 1040},
     ("raw", 256, 2): {80: 1384, 90: 1396},
     ("raw", 128, 4): {89: 1480},
