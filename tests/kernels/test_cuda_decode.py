@@ -268,6 +268,7 @@ def test_what_users_get_runs_on_the_kernel(name) -> None:
     attention = choose("auto")
     assert error(attention, query[:, :, 699:], kv.update(keys[:, :, 699:], values[:, :, 699:])) < TOLERANCE
     assert attention.reason is None
+    assert kv.encoding == "triton"
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
