@@ -180,8 +180,25 @@ def check_few(interpreted) -> None:
     ],
 )
 def test_bytes_of_keys_with_a_sketch_are_the_same(bits, dim, window, sinks, capacity, interpreted) -> None:
-    def make() -> list[VectorCodec]:
-        keys, values = (((dim, b),) for b in bits)
-        return [vector_codec(dim, keys, seed=1, kind="prod"), vector_codec(dim, values, seed=2)]
+    check_bytes(lambda: sketched(bits, dim), window, sinks, capacity, interpreted)
 
-    check_bytes(make, window, sinks, capacity, interpreted)
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # The new token comes before all have read the old one; no count given back; rows of another half.
+        ("if arrived == OTHERS", "if arrived == 0"),
+        ("tl.store(arrived_ptr, 0)", "tl.store(arrived_ptr, 1)"),
+        ("tl.sum(lower * rest, 1)", "tl.sum(upper * rest, 1)"),
+    ],
+)
+def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path) -> None:
+    with interpreted.context() as patch:
+        plant(patch, "packed_kv.append", right, wrong, tmp_path)
+        with pytest.raises(AssertionError):
+            check_bytes(lambda: sketched((2, 1), 64), 16, 0, 100, interpreted, appended=9)
+
+
+def sketched(bits: tuple[int, int], dim: int) -> list[VectorCodec]:
+    keys, values = (((dim, b),) for b in bits)
+    return [vector_codec(dim, keys, seed=1, kind="prod"), vector_codec(dim, values, seed=2)]

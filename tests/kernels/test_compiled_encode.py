@@ -40,6 +40,7 @@ SPILLED = {
     ((1, 256, 4, 0, 8, 1, 8, 3), 90): 70,
     ((0, *WHOLE), 90): 1,
     ((0, 128, 4, 3, 1, 1, 7, 3), 90): 2,
+    ((96, 3), 90): 200,
 }
 # Triton 3.9 makes more instructions of this one than 3.6 does, with which it was timed.
 OF_NEWER = {((1, *WHOLE), 90): 53.5}
@@ -104,6 +105,6 @@ def test_a_step_around_the_codes_stays_as_short(of, architecture, recorded) -> N
     found = machine_code(architecture, *of)
     whole = found["whole"]
     # Some compilers give the functions that divide and take roots a stack, which they do not use.
-    assert found["sizes"]["STACK"] <= (16 if of[0] == "append" else 0)
+    assert found["sizes"]["STACK"] <= (48 if of[0] == "append" else 0)
     assert found["sizes"]["LOCAL"] == whole.get("LDL", 0) == whole.get("STL", 0) == 0
     assert sum(whole.values()) == pytest.approx(recorded, rel=0.1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreted import NEEDS_TRITON, interpret
+from interpreted import NEEDS_TRITON, interpret, plant
 from ptx import run_warp, signed
 from telling_norms import in_halves, stored, telling
 from torch import Tensor
@@ -123,6 +123,26 @@ def test_bytes_of_keys_with_a_sketch_are_the_same(
     assert found.encoding == "triton"
     for a, b in zip(bytes_of(expected), bytes_of(found), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # Products of 16 bits alone; halves of a unit swapped; a zero vector's residual has a length.
+        ("sums = tl.dot(upper, lows[k], sums)", "sums += 0.0"),
+        ("16 * tl.arange(0, 2)", "16 - 16 * tl.arange(0, 2)"),
+        ("tl.where(norm > 0, length", "tl.where(norm >= 0, length"),
+    ],
+)
+def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path) -> None:
+    given = (128, ((128, 2),), 0, 0, None, torch.bfloat16, "oblivious", "prod")
+    expected = fill(*given)
+    with interpreted.context() as patch:
+        plant(patch, "packed_kv.sketched", right, wrong, tmp_path)
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
+        found = fill(*given)
+    pairs = zip(bytes_of(expected), bytes_of(found), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_norm_beyond_fp16_is_refused(interpreted) -> None:
