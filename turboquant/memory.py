@@ -448,7 +448,8 @@ def _compressed_bytes(
     stored = sum(
         tensor.nbytes
         for half in (store.keys, store.values)
-        for tensor in (*half.words, *half.scales, half.recent, half.sinks)
+        for tensor in (*half.words, *half.scales, half.recent, half.sinks, half.arrived)
+        if tensor is not None
     )
     if coded > profile.sinks:
         # The channels of each head in the order of the parts, once the first tokens were encoded.
