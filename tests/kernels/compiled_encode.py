@@ -58,7 +58,14 @@ def rotate(architecture: int, dim: int, inverse: int) -> Any:
     from turboquant_kernels.hadamard.kernel import rotate_rows
 
     types = {"x_ptr": "*i32", "out_ptr": "*fp32", "factors_ptr": "*fp32", "rows": "i32"}
-    constants = {"DIM": dim, "LOG": dim.bit_length() - 1, "ROWS": 32, "ROUNDS": 3, "INVERSE": bool(inverse)}
+    constants = {
+        "DIM": dim,
+        "M": 1,
+        "LOG": dim.bit_length() - 1,
+        "ROWS": 32,
+        "ROUNDS": 3,
+        "INVERSE": bool(inverse),
+    }
     return compiled(rotate_rows, types, constants, architecture, max(1, dim // 128))
 
 

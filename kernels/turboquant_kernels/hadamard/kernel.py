@@ -17,6 +17,7 @@ __all__ = [
     "butterflies",
     "columns",
     "hadamard",
+    "inverse_blocks",
     "inverse_tile",
     "rotate_blocks",
     "rotate_few",
@@ -165,6 +166,25 @@ def rotate_blocks(
 
 
 @triton.jit
+def inverse_blocks(
+    blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
+):
+    """Undo `rotate_blocks`: the rounds backwards, butterflies before H_12 transposed before factors."""
+    for k in tl.static_range(ROUNDS):
+        terms = ()
+        for j in tl.static_range(12):
+            terms = terms + (butterflies(blocks[j], SIZE, LOG, ROWS),)
+        blocks = ()
+        for i in tl.static_range(12):
+            total = -terms[0] if (_NEGATIVE[0] >> i) & 1 else terms[0]
+            for j in tl.static_range(1, 12):
+                total = total - terms[j] if (_NEGATIVE[j] >> i) & 1 else total + terms[j]
+            factors = tl.load(factors_ptr + ((ROUNDS - 1 - k) * 12 + i) * SIZE + tl.arange(0, SIZE))
+            blocks = blocks + (total * factors[:, None],)
+    return blocks
+
+
+@triton.jit
 def sum_of_squares_of_blocks(blocks, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     """As `sum_of_squares`, of twelve blocks: in halves, until of three the last is added first."""
     y = ()
@@ -192,8 +212,8 @@ def inverse_tile(
 
 @triton.jit(do_not_specialize=["rows"])
 def rotate_rows(
-    x_ptr, out_ptr, factors_ptr, rows, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
-    ROUNDS: tl.constexpr, INVERSE: tl.constexpr,
+    x_ptr, out_ptr, factors_ptr, rows, DIM: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr,
+    ROWS: tl.constexpr, ROUNDS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """H S_k ... H S_1 x of each row, or its inverse. Program: ROWS rows.
 
@@ -202,8 +222,9 @@ def rotate_rows(
         out_ptr: (rows, DIM).
         factors_ptr: (ROUNDS, DIM) float32, the diagonals S: signs over sqrt(DIM).
         rows: How many.
-        DIM: A power of two.
-        LOG: log2(DIM).
+        DIM: A power of two, or 96 or 192.
+        M: 1, or 12 of 96 and 192.
+        LOG: log2(DIM / M).
         ROWS: A power of two.
         ROUNDS: Of the rotation.
         INVERSE: Whether to undo it.
@@ -212,11 +233,26 @@ def rotate_rows(
     row = tl.arange(0, ROWS)[:, None]
     held = row < rows - first
     LOADS: tl.constexpr = DIM // 2 if x_ptr.dtype.element_ty == tl.int32 else DIM
-    at = row * LOADS + tl.arange(0, LOADS)[None, :]
-    x = columns(tl.load(x_ptr + first * LOADS + at, mask=held, other=0), DIM, ROWS)
-    if INVERSE:
-        x = inverse_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
+    x_ptr += first * LOADS + row * LOADS
+    out_ptr += first * DIM + row * DIM
+    if M == 1:
+        x = columns(tl.load(x_ptr + tl.arange(0, LOADS)[None, :], mask=held, other=0), DIM, ROWS)
+        if INVERSE:
+            x = inverse_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
+        else:
+            x = rotate_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
+        tl.store(out_ptr + tl.arange(0, DIM)[None, :], tl.trans(x.to(out_ptr.dtype.element_ty)), mask=held)
     else:
-        x = rotate_tile(x, factors_ptr, DIM, LOG, ROWS, ROUNDS)
-    at = row * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(out_ptr + first * DIM + at, tl.trans(x.to(out_ptr.dtype.element_ty)), mask=held)
+        SIZE: tl.constexpr = DIM // 12
+        blocks = ()
+        for i in tl.static_range(3):
+            at = i * (LOADS // 3) + tl.arange(0, LOADS // 3)[None, :]
+            part = columns(tl.load(x_ptr + at, mask=held, other=0), 4 * SIZE, ROWS)
+            blocks = blocks + blocks_of(part, SIZE, ROWS)
+        if INVERSE:
+            blocks = inverse_blocks(blocks, factors_ptr, SIZE, LOG, ROWS, ROUNDS)
+        else:
+            blocks = rotate_blocks(blocks, factors_ptr, SIZE, LOG, ROWS, ROUNDS)
+        for unit in tl.static_range(DIM // 32):
+            part = unit_of(blocks, unit, SIZE, ROWS).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + unit * 32 + tl.arange(0, 32)[None, :], tl.trans(part), mask=held)

@@ -10,10 +10,16 @@ from torch import Tensor
 from turboquant_kernels import device
 from turboquant_kernels.hadamard import reference
 
-__all__ = ["implementation", "rotate"]
+__all__ = ["DIMS", "implementation", "rotate", "warps"]
 
-_DIMS = (32, 64, 128, 256)
+DIMS = (32, 64, 96, 128, 192, 256)
+"""What the kernels rotate: 2^k or 12 * 2^k coordinates."""
 _MANY = 16384  # rows from which a warp takes 32 at a time, a lane a row
+
+
+def warps(dim: int) -> int:
+    """Of a program that rotates 32 vectors of so many coordinates: registers hold 128 of a lane's."""
+    return 1 if dim <= 128 else 2
 
 
 def implementation(x: Tensor, dim: int) -> Literal["triton", "torch"]:
@@ -24,9 +30,10 @@ def implementation(x: Tensor, dim: int) -> Literal["triton", "torch"]:
         dim: Its last axis.
 
     Returns:
-        "triton" on a CUDA device, with triton, for 32, 64, 128 or 256 coordinates; else "torch".
+        "triton" on a CUDA device, with triton, for 32, 64, 96, 128, 192 or 256 coordinates; else
+        "torch".
     """
-    suits = dim in _DIMS and x.dtype in device.FLOATS and x.numel() > 0
+    suits = dim in DIMS and x.dtype in device.FLOATS and x.numel() > 0
     return "triton" if suits and device.has_triton(x) else "torch"
 
 
@@ -63,9 +70,11 @@ def rotate(
     rows = x.numel() // dim
     if x.dtype == torch.bfloat16:
         x = (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
-    at_once = 32 if rows >= _MANY else 1
+    m = reference.hadamard_order(dim)
+    at_once = 32 if rows >= _MANY or m > 1 else 1
     rotate_rows[(-(-rows // at_once),)](
-        x, out, factors, rows, DIM=dim, LOG=dim.bit_length() - 1, ROWS=at_once, ROUNDS=factors.shape[0],
-        INVERSE=inverse, num_warps=max(1, dim * at_once // 4096), enable_fp_fusion=False,
+        x, out, factors, rows, DIM=dim, M=m, LOG=(dim // m).bit_length() - 1, ROWS=at_once,
+        ROUNDS=factors.shape[0], INVERSE=inverse, num_warps=warps(dim) if at_once > 1 else 1,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
