@@ -1,5 +1,5 @@
 """Packed codes back to dense tokens."""
 
-from turboquant_kernels.dequantize.launch import dequantize, implementation
+from turboquant_kernels.dequantize.launch import dequantize, implementation, levels_of, restore
 
-__all__ = ["dequantize", "implementation"]
+__all__ = ["dequantize", "implementation", "levels_of", "restore"]

@@ -1,8 +1,9 @@
-"""How do codes become dense tokens in one pass? In plain Triton, byte for byte as `reference` in torch.
+"""How do codes become dense tokens in one pass? In plain Triton, byte for byte as torch.
 
-    x = R^T (levels[codes] |x| / sqrt(dim)),   or without R^T in the rotated basis
+    x = R^T (levels[codes] (|x| / sqrt(d))),   or without R^T, or the levels alone
 
-Each program takes a block of 32 tokens of one head, a lane a token. Launch without fused multiply-adds.
+A part is channels that share a norm and a rotation, in one run of codes or two. Each program takes all parts
+of a block of 32 tokens of one head, a lane a token. Launch without fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -10,52 +11,154 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turboquant_kernels.hadamard.kernel import inverse_tile
-from turboquant_kernels.packed_kv.unpacked import codes_at
+from turboquant_kernels.hadamard.kernel import blocks_of, inverse_blocks, inverse_tile, unit_of
+from turboquant_kernels.packed_kv.unpacked import levels_of_unit
 
 __all__ = ["dequantize_blocks"]
 
 
 @triton.jit
-def dequantize_blocks(
-    words_ptr, other_words_ptr, norms_ptr, levels_ptr, other_levels_ptr, factors_ptr, out_ptr, root,
-    BITS: tl.constexpr, OTHER_BITS: tl.constexpr, UNITS: tl.constexpr, FIRST_UNITS: tl.constexpr,
-    LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr,
+def _unit(
+    words_ptr, other_words_ptr, levels_ptr, other_levels_ptr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Decode the block of each program.
+    """Levels of a unit of a part whose first run has FIRST of UNITS."""
+    if UNIT < FIRST:
+        return levels_of_unit(words_ptr, levels_ptr, UNIT, FIRST, BITS, VALUES)
+    else:
+        return levels_of_unit(
+            other_words_ptr, other_levels_ptr, UNIT - FIRST, UNITS - FIRST, OTHER_BITS, VALUES
+        )
+
+
+@triton.jit
+def _stacked(tiles):
+    """Tiles of 32 coordinates, 1, 2, 4 or 8, as one."""
+    COUNT: tl.constexpr = len(tiles)
+    if COUNT == 1:
+        return tiles[0]
+    else:
+        half = ()
+        for i in tl.static_range(COUNT // 2):
+            a, b = tiles[2 * i], tiles[2 * i + 1]
+            both = tl.permute(tl.join(a, b), [2, 0, 1])
+            half = half + (tl.reshape(both, [2 * a.shape[0], 32]),)
+        return _stacked(half)
+
+
+@triton.jit
+def _scaled(tiles, lengths):
+    """Tiles times a number a token."""
+    found = ()
+    for i in tl.static_range(len(tiles)):
+        found = found + (tiles[i] * lengths,)
+    return found
+
+
+@triton.jit
+def _store(z, out_ptr, order_ptr, tokens, FIRST: tl.constexpr):
+    """Columns of coordinates FIRST, ... where their channels are; of the first `tokens` rows at out_ptr."""
+    channel = FIRST + tl.arange(0, z.shape[0])
+    if order_ptr is not None:
+        channel = tl.load(order_ptr + channel).to(tl.int32)
+    row = tl.arange(0, 32)[:, None]
+    z = tl.trans(z.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + channel[None, :] + row * 0, z, mask=row < tokens)
+
+
+@triton.jit
+def _dequantize_part(
+    words_ptr, other_words_ptr, norms_ptr, levels_ptr, other_levels_ptr, factors_ptr, order_ptr,
+    out_ptr, place, tokens, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
+    FIRST: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """As `dequantize_blocks`, the block `place` of all, for one part; out_ptr are the rows of its tokens."""
+    UNITS: tl.constexpr = WIDTH // 32
+    words_ptr += place * (FIRST * 32 * BITS)
+    if OTHER_BITS > 0:
+        other_words_ptr += place * ((UNITS - FIRST) * 32 * OTHER_BITS)
+    tiles = ()
+    for unit in tl.static_range(UNITS):
+        z = _unit(
+            words_ptr, other_words_ptr, levels_ptr, other_levels_ptr, unit, UNITS, FIRST, BITS, OTHER_BITS,
+            VALUES,
+        )  # fmt: skip
+        tiles = tiles + (z,)
+    if norms_ptr is not None:
+        norm = tl.load(norms_ptr + place * 32 + tl.arange(0, 32)[None, :]).to(tl.float32)
+        length = tl.div_rn(norm, tl.full([1, 32], WIDTH**0.5, tl.float32))
+        length = tl.where(length == float("inf"), float("nan"), length)
+        tiles = _scaled(tiles, length)
+    if M == 1:
+        z = _stacked(tiles)
+        if ROUNDS > 0:
+            z = inverse_tile(z, factors_ptr, WIDTH, LOG, 32, ROUNDS)
+        _store(z, out_ptr, order_ptr, tokens, 0)
+    elif ROUNDS > 0:
+        SIZE: tl.constexpr = WIDTH // 12
+        blocks = ()
+        for piece in tl.static_range(3):
+            z = tiles[piece] if SIZE == 8 else _stacked((tiles[2 * piece], tiles[2 * piece + 1]))
+            blocks = blocks + blocks_of(z, SIZE, 32)
+        blocks = inverse_blocks(blocks, factors_ptr, SIZE, LOG, 32, ROUNDS)
+        for unit in tl.static_range(UNITS):
+            _store(unit_of(blocks, unit, SIZE, 32), out_ptr, order_ptr, tokens, 32 * unit)
+    else:
+        for unit in tl.static_range(UNITS):
+            _store(tiles[unit], out_ptr, order_ptr, tokens, 32 * unit)
+
+
+@triton.jit(do_not_specialize=["first", "blocks", "touched", "heads", "count", "room"])
+def dequantize_blocks(
+    words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, levels_ptr, more_levels_ptr, factors_ptr,
+    more_factors_ptr, order_ptr, out_ptr, first, blocks, touched, heads, count, room,
+    PARTS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Decode `touched` blocks of each head, from `first` on. Program head of all * touched + block.
 
     Args:
-        words_ptr: (blocks, FIRST_UNITS * 32 * BITS) int32, of all heads.
-        other_words_ptr: (blocks, (UNITS - FIRST_UNITS) * 32 * OTHER_BITS) int32, or None.
-        norms_ptr: (blocks, 32) float16.
-        levels_ptr: (2^BITS,) float32.
-        other_levels_ptr: (2^OTHER_BITS,) float32, or None.
-        factors_ptr: (ROUNDS, dim) float32, or None if ROUNDS is 0.
-        out_ptr: (blocks, 32, dim).
-        root: sqrt(dim).
-        BITS: Bits a code of the first run, 1..4.
-        OTHER_BITS: Of the second; 0 if there is none.
-        UNITS: dim / 32.
-        FIRST_UNITS: Of the first run.
-        LOG: log2(dim).
-        ROUNDS: Of the rotation to undo; 0 stays in the rotated basis.
+        words_ptr: (batch, heads, blocks, width * bits) int32 of the first run.
+        more_words_ptr: The same of the second run, or None.
+        norms_ptr: (batch, heads, blocks * 32) float16 of the first part; None leaves levels as they are.
+        more_norms_ptr: The same of the second part, or None.
+        levels_ptr: (2^bits,) float32 of the first run.
+        more_levels_ptr: The same of the second run, or None.
+        factors_ptr: (rounds, width) float32: signs over sqrt(width), of the first part; None if it is not
+            rotated back.
+        more_factors_ptr: The same of the second part, or None.
+        order_ptr: (heads, dim) uint8: the channels of each head, one part after another; None: in order.
+        out_ptr: (batch, heads, room, dim): tokens 0, ... are those of block `first`.
+        first: Number of the first block.
+        blocks: Blocks a head has room for.
+        touched: Blocks to decode.
+        heads: Of a batch row.
+        count: Tokens to write; those of the last block beyond are left out.
+        room: Tokens of a head of `out_ptr`.
+        PARTS: (width, bits, bits of a second run or 0, units of the first run, m, log2(width / m), rounds)
+            of each part, as `encode_tokens` takes them; rounds are 0 if it is not rotated back.
         VALUES: Whether words are laid out as values are.
     """
-    DIM: tl.constexpr = UNITS * 32
-    block = tl.program_id(0).to(tl.int64)
-    coordinate = tl.arange(0, DIM)[:, None] + tl.zeros([DIM, 32], tl.int32)
-    token = tl.arange(0, 32)[None, :] + tl.zeros([DIM, 32], tl.int32)
-    held = coordinate < FIRST_UNITS * 32
-    base = words_ptr + block * (FIRST_UNITS * 32 * BITS)
-    z = tl.load(levels_ptr + codes_at(base, coordinate, token, held, FIRST_UNITS, BITS, VALUES))
-    if OTHER_BITS > 0:
-        base = other_words_ptr + block * ((UNITS - FIRST_UNITS) * 32 * OTHER_BITS)
-        coordinate -= FIRST_UNITS * 32
-        codes = codes_at(base, coordinate, token, ~held, UNITS - FIRST_UNITS, OTHER_BITS, VALUES)
-        z = tl.where(held, z, tl.load(other_levels_ptr + codes, mask=~held, other=0.0))
-    length = tl.div_rn(tl.load(norms_ptr + block * 32 + tl.arange(0, 32)).to(tl.float32), root)
-    z = z * tl.where(length == float("inf"), float("nan"), length)[None, :]
-    if ROUNDS > 0:
-        z = inverse_tile(z, factors_ptr, DIM, LOG, 32, ROUNDS)
-    at = tl.arange(0, 32)[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(out_ptr + block * (32 * DIM) + at, tl.trans(z.to(out_ptr.dtype.element_ty)))
+    head = (tl.program_id(0) // touched).to(tl.int64)
+    block = tl.program_id(0) % touched
+    place = head * blocks + first + block
+    DIM: tl.constexpr = PARTS[0][0] if len(PARTS) == 1 else PARTS[0][0] + PARTS[1][0]
+    out_ptr += (head * room + block * 32) * DIM + tl.arange(0, 32)[:, None] * DIM
+    tokens = count - block * 32
+    if order_ptr is not None:
+        order_ptr += head % heads * DIM
+    if len(PARTS) == 1:
+        _dequantize_part(
+            words_ptr, more_words_ptr, norms_ptr, levels_ptr, more_levels_ptr, factors_ptr, order_ptr,
+            out_ptr, place, tokens, PARTS[0][0], PARTS[0][1], PARTS[0][2], PARTS[0][3], PARTS[0][4],
+            PARTS[0][5], PARTS[0][6], VALUES,
+        )  # fmt: skip
+    else:
+        _dequantize_part(
+            words_ptr, None, norms_ptr, levels_ptr, None, factors_ptr, order_ptr, out_ptr, place, tokens,
+            PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5], PARTS[0][6], VALUES,
+        )  # fmt: skip
+        _dequantize_part(
+            more_words_ptr, None, more_norms_ptr, more_levels_ptr, None, more_factors_ptr,
+            order_ptr + PARTS[0][0], out_ptr, place, tokens, PARTS[1][0], PARTS[1][1], 0, PARTS[1][3],
+            PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES,
+        )  # fmt: skip

@@ -139,6 +139,12 @@ class Codec(Protocol):
     def terms(self, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
         """The terms of decoded vectors."""
 
+    def terms_of(self, coefficients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
+        """The same, of coefficients that something else found for the codes."""
+
+    def decode(self, terms: Sequence[Term]) -> Tensor:
+        """Decoded vectors (B, G, T, D) float32: levels times (norm / sqrt(d)), rotated back."""
+
     def restore(self, sums: Sequence[Tensor]) -> Tensor:
         """Weighted sums of each term's rows, (B, G, R, n, w), as one sum of vectors (B, G, R, n, D)."""
 
@@ -205,18 +211,34 @@ class GroupCodec:
             return [rotated / self.root]
         return [rotated / self.root, rotated @ self.sketch.matrix.T * self.sketch.scale]
 
-    def terms(self, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
-        """As `Codec.terms`."""
-        norms = scales[0].float()
+    def coefficients(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """Levels of the codes, and the signs of the sketch: of each term."""
         held = iter(codes)
+        lead = codes[0].shape[:-1]
         by_run = [
-            next(held) if run.bits else torch.zeros(*norms.shape, run.width, device=norms.device)
+            next(held) if run.bits else torch.zeros(*lead, run.width, device=codes[0].device)
             for run in self.coded
         ]
-        found = [Term(self._levels(by_run), norms)]
+        found = [self._levels(by_run)]
         if self.sketch is not None:
-            found.append(Term(next(held).float().mul_(2).sub_(1), norms * scales[1].float()))
+            found.append(next(held).float().mul_(2).sub_(1))
         return found
+
+    def terms_of(self, coefficients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
+        """As `Codec.terms_of`."""
+        norms = scales[0].float()
+        factors = [norms] if self.sketch is None else [norms, norms * scales[1].float()]
+        return [Term(*term) for term in zip(coefficients, factors, strict=True)]
+
+    def decode(self, terms: Sequence[Term]) -> Tensor:
+        """As `Codec.decode`."""
+        norms = terms[0].factors
+        assert norms is not None  # for mypy: `terms_of` made them
+        # One quotient a token, not one a coordinate: kernels round in the same order.
+        z = terms[0].coefficients * (norms / self.root)[..., None]
+        if self.sketch is not None:
+            z += terms[1].whole().coefficients @ self.sketch.matrix * self.sketch.scale
+        return self.rotation.inverse(z)
 
     def restore(self, sums: Sequence[Tensor]) -> Tensor:
         """As `Codec.restore`."""
@@ -316,20 +338,40 @@ class VectorCodec:
 
     def terms(self, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
         """As `Codec.terms`."""
+        held = iter(codes)
+        return self.terms_of(
+            [x for group in self.groups for x in group.coefficients([next(held) for _ in group.runs])], scales
+        )
+
+    def terms_of(self, coefficients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
+        """As `Codec.terms_of`."""
         found: list[Term] = []
-        held, numbers = iter(codes), iter(scales)
+        held, numbers = iter(coefficients), iter(scales)
         for group in self.groups:
-            mine = [next(held) for _ in group.runs], [next(numbers) for _ in range(group.scales)]
-            found += group.terms(*mine)
+            found += group.terms_of(
+                *([next(given) for _ in range(group.scales)] for given in (held, numbers))
+            )
         return found
+
+    def decode(self, terms: Sequence[Term]) -> Tensor:
+        """As `Codec.decode`."""
+        held = iter(terms)
+        return self._joined(
+            [group.decode([next(held) for _ in range(group.scales)]) for group in self.groups]
+        )
 
     def restore(self, sums: Sequence[Tensor]) -> Tensor:
         """As `Codec.restore`."""
         held = iter(sums)
-        parts = [group.restore([next(held) for _ in range(group.scales)]) for group in self.groups]
+        return self._joined(
+            [group.restore([next(held) for _ in range(group.scales)]) for group in self.groups]
+        )
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The channels of all groups where they belong."""
         if self.order is None:
             return parts[0]
-        joined = torch.cat(parts, dim=-1)
+        joined = torch.cat(list(parts), dim=-1)
         return torch.empty_like(joined).scatter_(-1, self._channels(joined), joined)
 
     def tensors(self) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ Rule = Literal["codes", "raw"]
 Length = int | Tensor
 
 FP16_MAX = 65504.0
+_DECODED_AT_ONCE = 64 * BLOCK  # tokens
 _ENCODED_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}  # coordinates; bounds the temporaries of a long prefill
 
 
@@ -56,12 +57,27 @@ class Half:
 
     def terms(self, start: int, stop: int) -> list[Term]:
         """Tokens start..stop - 1 decoded; start is a multiple of 32."""
+        from turboquant_kernels import dequantize
+
+        scales = [numbers[:, :, start:stop] for numbers in self.scales]
+        levels = dequantize.levels_of(self, start, stop)
+        if levels is not None:
+            return self.codec.terms_of(levels, scales)
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         codes = []
         for (width, bits), words in zip(self.codec.runs, self.words, strict=True):
             held = unpack(words[:, :, blocks], bits, width, self.side)  # (B, G, blocks, 32, width)
             codes.append(held.flatten(2, 3)[:, :, : stop - start])
-        return self.codec.terms(codes, [numbers[:, :, start:stop] for numbers in self.scales])
+        return self.codec.terms(codes, scales)
+
+    def decode(self, out: Tensor, tokens: int) -> None:
+        """Decode the first tokens into those of `out`, (B, G, at least so many, D)."""
+        from turboquant_kernels import dequantize
+
+        if not dequantize.restore(self, tokens, out):
+            for start in range(0, tokens, _DECODED_AT_ONCE):
+                stop = min(start + _DECODED_AT_ONCE, tokens)
+                out[:, :, start:stop] = self.codec.decode(self.terms(start, stop))
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is held, tables included."""
@@ -157,12 +173,7 @@ class Reading:
         for half, raw in ((self.keys, self.raw_keys), (self.values, self.raw_values)):
             out = raw.new_empty(*raw.shape[:2], tokens, raw.shape[-1])
             out[:, :, coded:start] = 0.0
-            step = 64 * BLOCK
-            for i in range(0, coded, step):
-                part = slice(i, min(i + step, coded))
-                terms = half.terms(part.start, part.stop)
-                rows = [term.whole().coefficients[:, :, None] for term in terms]
-                out[:, :, part] = half.codec.restore(rows)[:, :, 0].to(out.dtype)
+            half.decode(out, coded)
             out.index_copy_(2, raw_tokens[kept], raw.index_select(2, kept))
             if self.sinks:
                 first = raw_tokens.new_zeros(raw.shape[0]) if self.first is None else self.first
