@@ -1,4 +1,8 @@
-"""Encode, attend, score, dequantize a little: what compute-sanitizer watches. `every_launch.py [fault]`."""
+"""Launch every kernel on a little: what compute-sanitizer watches. `every_launch.py [fault]`.
+
+Encoding many tokens and one, steps by both kernels (raw tokens, codes, their combination), many new tokens,
+dense tokens and levels, scores by both kernels, sketches and rotations.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import sys
 from dataclasses import replace
 
 import torch
+from packed_keys import Keys
 from torch import Tensor
 
 from turboquant.cache import vector_codec
-from turboquant_kernels import dequantize, scores, sketch
+from turboquant.rotation import make_rotation
+from turboquant_kernels import hadamard, sketch
 from turboquant_kernels.decode import choose, launch
 from turboquant_kernels.packed_kv import PackedKV
+from turboquant_kernels.scores.launch import score_codes
 
 FORMS: dict[str, tuple[tuple[tuple[int, int], ...], dict[str, str]]] = {
     "whole": (((128, 4),), {}),
@@ -37,30 +44,43 @@ def main(fault: bool) -> None:
             return attend_codes(query, keys, replace(values, words=words), **options)
 
         launch.attend_codes = cut
-    keys, values, query = (normal(1, heads, 150, 128, seed=seed) for seed, heads in ((1, 2), (2, 2), (3, 8)))
+    kernels = ("gluon", "triton")[0 if hopper else 1 :]
+    keys, values, query = (normal(1, heads, 170, 128, seed=seed) for seed, heads in ((1, 2), (2, 2), (3, 8)))
     for name, (parts, kind) in FORMS.items():
         plain = {} if name == "sketch" else kind
         codecs = vector_codec(128, parts, seed=1, **kind), vector_codec(128, parts, seed=2, **plain)
         kv = PackedKV(*codecs, window=20, sinks=3)
         kv.pad(torch.tensor([5]))
-        reading = kv.update(keys[:, :, :141], values[:, :, :141])
-        if name == "whole" and not fault:
-            many = choose("auto")
-            assert bool(many(query[:, :, :141], reading, scale=0.1).isfinite().all())
-            assert many.prefill == "triton"
-        for part in (slice(141, 142), slice(142, 150)):
+        kv.update(keys[:, :, :141], values[:, :, :141])
+        # One new token, several, and more than a step takes.
+        for part in (slice(141, 142), slice(142, 150), slice(150, 170)):
+            many = part.stop - part.start > 8
+            if many and name not in ("whole", "outliers"):
+                continue  # splits under one norm read as whole bits do
             reading = kv.update(keys[:, :, part], values[:, :, part])
-            for kernel in ("gluon", "triton")[0 if hopper else 1 :]:
-                found = choose(kernel)(query[:, :, part], reading, scale=0.1)
+            for kernel in ("auto",) if many else kernels:
+                attention = choose(kernel)
+                found = attention(query[:, :, part], reading, scale=0.1)
                 assert fault or bool(found.isfinite().all()), (name, kernel)
-        half, rows = kv.keys, query[:, :2, :5].float().contiguous()
-        runs = [run for group in half.codec.groups for run in group.coded]
+                assert not many or attention.prefill == "triton"
+        if fault:
+            torch.cuda.synchronize()
+            return
+        for half in (kv.keys, kv.values):
+            half.terms(32, 101)
+            half.decode(keys.new_empty(1, 2, 120, 128), 117)
         if name == "sketch":
-            sketch.inner_products(rows, half.words[1], *half.scales)
-        else:
-            scores.scores(rows, half.words, half.scales, runs)
-        if name == "whole":
-            dequantize.dequantize(half.words, half.scales[0], [runs[0].levels], side="key")
+            sketch.inner_products(query[:, :6, :3].reshape(1, 2, 9, 128), kv.keys.words[1], *kv.keys.scales)
+    for runs in (((128, 4, 0),), ((32, 4, 0), (96, 3, 1))):
+        made = Keys.random(2, 100, *runs)
+        codes = Keys([w.cuda() for w in made.words], [n.cuda() for n in made.norms], made.runs).codes
+        lengths = codes.norms[0] if len(runs) == 1 else None
+        for kernel in kernels:
+            score_codes(query[:, :, :5].reshape(1, 2, 20, 128), codes, lengths, 0.3, torch.float32, kernel)
+    for rows, dim in ((3, 128), (16385, 128), (33, 96)):
+        factors = make_rotation("hadamard", dim, seed=1).factors.cuda()
+        hadamard.rotate(normal(rows, dim, seed=4), factors)
+        hadamard.rotate(normal(rows, dim, seed=4), factors, inverse=True)
     torch.cuda.synchronize()
     print("launched")
 

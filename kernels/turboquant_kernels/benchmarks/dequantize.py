@@ -46,7 +46,7 @@ FORMS: dict[str, tuple[tuple[tuple[int, int], ...], ...]] = {
 
 
 def half_of(form: str, side: Side, tokens: int, heads: int = HEADS) -> Half:
-    """Random words are codes, as every bit pattern is one; some norms are infinite, some zero."""
+    """Random words are codes, as every bit pattern is one; a norm is not known, one is zero."""
     groups = []
     for i, runs in enumerate(FORMS[form]):
         width = sum(channels for channels, _ in runs)
@@ -71,7 +71,7 @@ def half_of(form: str, side: Side, tokens: int, heads: int = HEADS) -> Half:
         for width, bits in codec.runs
     ]
     scales = [torch.rand(1, heads, tokens, device="cuda").half() for _ in range(codec.scales)]
-    scales[0][0, 0, 7], scales[0][0, 1, 8] = torch.inf, 0
+    scales[0][0, 0, 7], scales[0][0, 1, 8] = torch.nan, 0
     raw = torch.empty(1, heads, 0, codec.dim, dtype=torch.bfloat16, device="cuda")
     return Half(codec, side, words, scales, raw, raw)
 

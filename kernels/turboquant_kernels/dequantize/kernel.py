@@ -56,20 +56,34 @@ def _scaled(tiles, lengths):
 
 
 @triton.jit
-def _store(z, out_ptr, order_ptr, tokens, FIRST: tl.constexpr):
-    """Columns of coordinates FIRST, ... where their channels are; of the first `tokens` rows at out_ptr."""
-    channel = FIRST + tl.arange(0, z.shape[0])
-    if order_ptr is not None:
-        channel = tl.load(order_ptr + channel).to(tl.int32)
+def _store(z, out_ptr, tokens, FIRST: tl.constexpr):
+    """Columns of coordinates FIRST, ... into the first `tokens` of 32 rows at out_ptr."""
+    channel = FIRST + tl.arange(0, z.shape[0])[None, :]
     row = tl.arange(0, 32)[:, None]
-    z = tl.trans(z.to(out_ptr.dtype.element_ty))
-    tl.store(out_ptr + channel[None, :] + row * 0, z, mask=row < tokens)
+    tl.store(out_ptr + channel, tl.trans(z.to(out_ptr.dtype.element_ty)), mask=row < tokens)
+
+
+@triton.jit
+def _reorder(out_ptr, places_ptr, tokens, DIM: tl.constexpr):
+    """Put the channels of rows, written one part after another, where they belong.
+
+    Written there at once, each would be a few bytes of a sector that another part's belong to.
+    """
+    column, row = tl.arange(0, 32), tl.arange(0, 32)[:, None]
+    tl.debug_barrier()
+    found = ()
+    for unit in tl.static_range(DIM // 32):
+        place = tl.load(places_ptr + unit * 32 + column).to(tl.int32)
+        found = found + (tl.load(out_ptr + place[None, :], mask=row < tokens, other=0.0),)
+    tl.debug_barrier()
+    for unit in tl.static_range(DIM // 32):
+        tl.store(out_ptr + (unit * 32 + column)[None, :], found[unit], mask=row < tokens)
 
 
 @triton.jit
 def _dequantize_part(
-    words_ptr, other_words_ptr, norms_ptr, levels_ptr, other_levels_ptr, factors_ptr, order_ptr,
-    out_ptr, place, tokens, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
+    words_ptr, other_words_ptr, norms_ptr, levels_ptr, other_levels_ptr, factors_ptr, out_ptr,
+    place, tokens, WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr,
     FIRST: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """As `dequantize_blocks`, the block `place` of all, for one part; out_ptr are the rows of its tokens."""
@@ -93,7 +107,7 @@ def _dequantize_part(
         z = _stacked(tiles)
         if ROUNDS > 0:
             z = inverse_tile(z, factors_ptr, WIDTH, LOG, 32, ROUNDS)
-        _store(z, out_ptr, order_ptr, tokens, 0)
+        _store(z, out_ptr, tokens, 0)
     elif ROUNDS > 0:
         SIZE: tl.constexpr = WIDTH // 12
         blocks = ()
@@ -102,16 +116,16 @@ def _dequantize_part(
             blocks = blocks + blocks_of(z, SIZE, 32)
         blocks = inverse_blocks(blocks, factors_ptr, SIZE, LOG, 32, ROUNDS)
         for unit in tl.static_range(UNITS):
-            _store(unit_of(blocks, unit, SIZE, 32), out_ptr, order_ptr, tokens, 32 * unit)
+            _store(unit_of(blocks, unit, SIZE, 32), out_ptr, tokens, 32 * unit)
     else:
         for unit in tl.static_range(UNITS):
-            _store(tiles[unit], out_ptr, order_ptr, tokens, 32 * unit)
+            _store(tiles[unit], out_ptr, tokens, 32 * unit)
 
 
 @triton.jit(do_not_specialize=["first", "blocks", "touched", "heads", "count", "room"])
 def dequantize_blocks(
     words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, levels_ptr, more_levels_ptr, factors_ptr,
-    more_factors_ptr, order_ptr, out_ptr, first, blocks, touched, heads, count, room,
+    more_factors_ptr, places_ptr, out_ptr, first, blocks, touched, heads, count, room,
     PARTS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Decode `touched` blocks of each head, from `first` on. Program head of all * touched + block.
@@ -126,7 +140,7 @@ def dequantize_blocks(
         factors_ptr: (rounds, width) float32: signs over sqrt(width), of the first part; None if it is not
             rotated back.
         more_factors_ptr: The same of the second part, or None.
-        order_ptr: (heads, dim) uint8: the channels of each head, one part after another; None: in order.
+        places_ptr: (heads, dim) uint8: where among the parts' each channel of a head is; None: in order.
         out_ptr: (batch, heads, room, dim): tokens 0, ... are those of block `first`.
         first: Number of the first block.
         blocks: Blocks a head has room for.
@@ -144,21 +158,21 @@ def dequantize_blocks(
     DIM: tl.constexpr = PARTS[0][0] if len(PARTS) == 1 else PARTS[0][0] + PARTS[1][0]
     out_ptr += (head * room + block * 32) * DIM + tl.arange(0, 32)[:, None] * DIM
     tokens = count - block * 32
-    if order_ptr is not None:
-        order_ptr += head % heads * DIM
     if len(PARTS) == 1:
         _dequantize_part(
-            words_ptr, more_words_ptr, norms_ptr, levels_ptr, more_levels_ptr, factors_ptr, order_ptr,
-            out_ptr, place, tokens, PARTS[0][0], PARTS[0][1], PARTS[0][2], PARTS[0][3], PARTS[0][4],
+            words_ptr, more_words_ptr, norms_ptr, levels_ptr, more_levels_ptr, factors_ptr, out_ptr,
+            place, tokens, PARTS[0][0], PARTS[0][1], PARTS[0][2], PARTS[0][3], PARTS[0][4],
             PARTS[0][5], PARTS[0][6], VALUES,
         )  # fmt: skip
     else:
         _dequantize_part(
-            words_ptr, None, norms_ptr, levels_ptr, None, factors_ptr, order_ptr, out_ptr, place, tokens,
+            words_ptr, None, norms_ptr, levels_ptr, None, factors_ptr, out_ptr, place, tokens,
             PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5], PARTS[0][6], VALUES,
         )  # fmt: skip
         _dequantize_part(
             more_words_ptr, None, more_norms_ptr, more_levels_ptr, None, more_factors_ptr,
-            order_ptr + PARTS[0][0], out_ptr, place, tokens, PARTS[1][0], PARTS[1][1], 0, PARTS[1][3],
+            out_ptr + PARTS[0][0], place, tokens, PARTS[1][0], PARTS[1][1], 0, PARTS[1][3],
             PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES,
         )  # fmt: skip
+        if places_ptr is not None:
+            _reorder(out_ptr, places_ptr + head % heads * DIM, tokens, DIM)

@@ -197,9 +197,13 @@ def _launch(
     touched = -(-count // BLOCK)
     if not batch * heads * touched:
         return
+    places = None
+    if order is not None:
+        number = torch.arange(order.shape[-1], dtype=order.dtype, device=order.device)
+        places = torch.empty_like(order).scatter_(-1, order.long(), number.expand_as(order))
     pairs = chain.from_iterable((*x, None, None)[:2] for x in (words, norms, levels, factors))
     dequantize_blocks[(batch * heads * touched,)](
-        *pairs, order, out, start // BLOCK, blocks, touched, heads, count, out.shape[2],
+        *pairs, places, out, start // BLOCK, blocks, touched, heads, count, out.shape[2],
         PARTS=tuple(parts), VALUES=side == "value", num_warps=max(warps(part[0]) for part in parts),
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -211,12 +211,11 @@ class GroupCodec:
             return [rotated / self.root]
         return [rotated / self.root, rotated @ self.sketch.matrix.T * self.sketch.scale]
 
-    def coefficients(self, codes: Sequence[Tensor]) -> list[Tensor]:
+    def coefficients(self, codes: Sequence[Tensor], norms: Tensor) -> list[Tensor]:
         """Levels of the codes, and the signs of the sketch: of each term."""
         held = iter(codes)
-        lead = codes[0].shape[:-1]
         by_run = [
-            next(held) if run.bits else torch.zeros(*lead, run.width, device=codes[0].device)
+            next(held) if run.bits else torch.zeros(*norms.shape, run.width, device=norms.device)
             for run in self.coded
         ]
         found = [self._levels(by_run)]
@@ -338,10 +337,11 @@ class VectorCodec:
 
     def terms(self, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
         """As `Codec.terms`."""
+        found: list[Tensor] = []
         held = iter(codes)
-        return self.terms_of(
-            [x for group in self.groups for x in group.coefficients([next(held) for _ in group.runs])], scales
-        )
+        for group in self.groups:
+            found += group.coefficients([next(held) for _ in group.runs], scales[0])
+        return self.terms_of(found, scales)
 
     def terms_of(self, coefficients: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Term]:
         """As `Codec.terms_of`."""

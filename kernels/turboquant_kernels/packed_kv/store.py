@@ -29,8 +29,8 @@ Rule = Literal["codes", "raw"]
 Length = int | Tensor
 
 FP16_MAX = 65504.0
-_DECODED_AT_ONCE = 64 * BLOCK  # tokens
-_ENCODED_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}  # coordinates; bounds the temporaries of a long prefill
+# Coordinates that are encoded, or decoded, at a time: bounds the temporaries of a long prefill.
+_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass(eq=False)
@@ -75,8 +75,9 @@ class Half:
         from turboquant_kernels import dequantize
 
         if not dequantize.restore(self, tokens, out):
-            for start in range(0, tokens, _DECODED_AT_ONCE):
-                stop = min(start + _DECODED_AT_ONCE, tokens)
+            at_once = _tokens_at_once(out)
+            for start in range(0, tokens, at_once):
+                stop = min(start + at_once, tokens)
                 out[:, :, start:stop] = self.codec.decode(self.terms(start, stop))
 
     def tensors(self) -> Iterator[Tensor]:
@@ -546,9 +547,7 @@ class PackedKV:
                 self._check_norms(half, x, [n[:, :, start : start + x.shape[2]] for n in half.scales])
             return
         self.encoding = "torch"
-        batch, heads, count, dim = x.shape
-        at_once = _ENCODED_AT_ONCE.get(x.device.type, _ENCODED_AT_ONCE["cpu"]) // (batch * heads * dim)
-        at_once = max(BLOCK, at_once // BLOCK * BLOCK)
+        count, at_once = x.shape[2], _tokens_at_once(x)
         for i in range(0, count, at_once):
             part = x[:, :, i : i + at_once]
             codes, scales = half.codec.encode(part)
@@ -650,6 +649,13 @@ def _row(number: Length, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return number.view(1)
     return torch.full((1,), number, dtype=torch.int64, device=like.device)
+
+
+def _tokens_at_once(like: Tensor) -> int:
+    """Of (B, G, ..., D), whole blocks."""
+    at_once = _AT_ONCE.get(like.device.type, _AT_ONCE["cpu"])
+    tokens = at_once // (like.shape[0] * like.shape[1] * like.shape[-1])
+    return max(BLOCK, tokens // BLOCK * BLOCK)
 
 
 def _copy(length: Length) -> Length:
