@@ -64,6 +64,11 @@ def test_fp8_is_read_exactly(bench, rivals, fp8, rows, dim, tile):
         fp8.Fp8Cache.of(keys, values, 96)
 
 
+def test_percentiles_are_the_nearest_of_the_times():
+    assert timing.percentiles([3.0, 1.0, 2.0]) == timing.Timing(1.0, 2.0, 3.0)
+    assert timing.percentiles(float(i) for i in range(23, -1, -1)) == timing.Timing(5.0, 12.0, 18.0)
+
+
 COMPILE = """
 import json, sys
 from collections import Counter

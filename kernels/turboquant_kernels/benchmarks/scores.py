@@ -6,7 +6,8 @@ Correctness comes first: nothing is timed for codes whose scores are further fro
 explains. Inputs rotate among sets that together exceed the cache; launches are replayed from graphs, all arms
 of a shape in turn. Rotating the queries, which costs the same at any number of tokens, is not counted. Plain
 keys are multiplied in the faster order of the operands. Bandwidths are of the bytes that must be read and
-written.
+written, beside a copy's; ratios are of the products' times in the same round, with their 20th and 80th
+percentile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,7 @@ from torch import Tensor
 from turboquant_kernels import sketch
 from turboquant_kernels.benchmarks.decode import FORMS, LEVELS, Shape
 from turboquant_kernels.benchmarks.products import CACHE_BYTES, PRODUCTS, fastest_product
-from turboquant_kernels.benchmarks.timing import copy_bandwidth, time_in_turn
+from turboquant_kernels.benchmarks.timing import copy_bandwidth, percentiles, time_in_turn
 from turboquant_kernels.decode.launch import Kernel, Settings
 from turboquant_kernels.decode.step import preferred
 from turboquant_kernels.decode.unpack import Codes
@@ -219,28 +220,39 @@ def main(arguments: list[str] | None = None) -> int:
     records: list[dict[str, object]] = []
     for shape in SHAPES:
         query = random_query(shape)
-        written = 4 * shape.batch * shape.heads * shape.rows * shape.tokens
+        keys = shape.batch * shape.heads * shape.tokens
+        written = 4 * keys * shape.rows
         arms: dict[str, list[Callable[[], object]]] = {}
         size: dict[str, int] = {}
         for product in PRODUCTS:
             arms[product] = fastest_product(query, shape.tokens, product)[1]
+            width = 2 if product == "bf16" else 4
+            size[product] = width * keys * (shape.dim + shape.rows)
         for form in ARMS:
             for kernel in kernels:
                 name = f"{kernel} {form}"
                 sets = rotating(shape, form)
                 arms[name] = [partial(keys.score, query, kernel) for keys in sets]
                 size[name] = sets[0].nbytes + written
-        times = {name: median(found) for name, found in time_in_turn(arms).items()}
-        print(f"{shape}: " + ", ".join(f"{name} {times[name]:.1f} us" for name in PRODUCTS))
+        times = time_in_turn(arms)
+        print(f"{shape.batch} x {shape.heads} heads x {shape.rows} rows x {shape.tokens}")
         for name, nbytes in size.items():
-            ratios = {product: times[product] / times[name] for product in PRODUCTS}
+            took = percentiles(times[name])
+            ratios = {
+                product: percentiles(a / b for a, b in zip(times[product], times[name], strict=True))
+                for product in PRODUCTS
+            }
             print(
-                f"  {name:22} {times[name]:7.1f} us {nbytes / times[name] / 1e3:5.0f} GB/s "
-                f"{nbytes / times[name] * 1e6 / copied:4.0%}  "
-                + "  ".join(f"{product} {ratio:5.2f} x" for product, ratio in ratios.items()),
+                f"   {name:22} p20 {took.p20:7.1f} p50 {took.p50:7.1f} p80 {took.p80:7.1f} us "
+                f"{nbytes / took.p50 / 1e3:5.0f} GB/s {nbytes / took.p50 * 1e6 / copied:4.0%} of the copy"
+                + "".join(
+                    f"  x {ratio.p50:.2f} [{ratio.p20:.2f}, {ratio.p80:.2f}] {product}"
+                    for product, ratio in ratios.items()
+                ),
                 flush=True,
             )
-            records.append({"shape": str(shape), "arm": name, "us": times[name], **ratios})
+            of = {product: asdict(ratio) for product, ratio in ratios.items()}
+            records.append({"shape": asdict(shape), "arm": name, "bytes": nbytes, "time": asdict(took), **of})
     if chosen.sweep:
         sweep(SHAPES[0], kernels)
     if chosen.out:
