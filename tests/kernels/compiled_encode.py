@@ -133,9 +133,8 @@ def combine(architecture: int, dim: int, splits: int) -> Any:
     return compiled(combine_splits, types, constants, architecture, 8 if dim > 128 else 4)
 
 
-def rows_are_lanes(kernel: Any) -> bool:
-    """Whether lane t holds row t of every tensor that instructions of a whole warp are given."""
-    text = kernel.asm["ttgir"]
+def rows_are_lanes(text: str) -> bool:
+    """Whether lane t holds row t of every tensor that instructions of a whole warp are given (in TTGIR)."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
     given = [line for line in text.splitlines() if "elementwise_inline_asm" in line and "shfl" in line]
     found = [layouts[name] for line in given for name in re.findall(r"tensor<[^>]*, (#\w+)>", line)]
@@ -159,7 +158,7 @@ def main(architecture: str, what: str, *numbers: str) -> None:
     widths = [int(n) for n in (numbers[1::7] if what == "encode" else numbers[:1])]
     found = {"sizes": sizes, "whole": whole, "elements": sum(min(128, width) for width in widths)}
     if what == "encode":
-        found["rows_are_lanes"] = rows_are_lanes(kernel)
+        found["rows_are_lanes"] = rows_are_lanes(kernel.asm["ttgir"])
     print(json.dumps(found))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled_encode import rows_are_lanes
 from interpreted import NEEDS_TRITON
 
 pytestmark = NEEDS_TRITON
@@ -94,6 +95,31 @@ def test_registers_hold_everything(what, of, figure, architecture) -> None:
     assert sum(whole.values()) / found["elements"] == pytest.approx(figure, rel=0.1)
     if what == "encode":
         assert found["rows_are_lanes"]
+
+
+LANES = "lane = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]"
+TTGIR = f"""
+#blocked = #ttg.blocked<{{sizePerThread = [1, 1], threadsPerWarp = [1, 32], warpsPerCTA = [1, 1]}}>
+#linear = #ttg.linear<{{register = [[1, 0]], {LANES}, warp = [], block = []}}>
+%1 = tt.elementwise_inline_asm "shfl.sync" %0 : tensor<1x32xi32, #blocked> -> tensor<1x32xi32, #blocked>
+%2 = tt.elementwise_inline_asm "shfl.sync" %1 : tensor<2x32xi32, #linear> -> tensor<2x32xi32, #linear>
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        # What Triton 3.9 makes of columns that nothing asks to be whole; lanes in another order; four rows of
+        # lanes; and no such instruction, of which nothing could be said.
+        (LANES, "lane = [[0, 0], [0, 0], [0, 0], [0, 1], [0, 2]]"),
+        (LANES, "lane = [[0, 2], [0, 1], [0, 4], [0, 8], [0, 16]]"),
+        ("threadsPerWarp = [1, 32]", "threadsPerWarp = [4, 8]"),
+        ("shfl", "mov"),
+    ],
+)
+def test_lanes_that_hold_other_rows_are_seen(right, wrong) -> None:
+    assert rows_are_lanes(TTGIR)
+    assert not rows_are_lanes(TTGIR.replace(right, wrong))
 
 
 @pytest.mark.parametrize(
