@@ -198,6 +198,20 @@ def test_a_kernel_as_slow_as_reported_is_seen(bench: Any, time: float, expected:
     assert attention_speed.against_fp8((2, 4, 8, 1024), 4).rival == "FP8 rival 0"
 
 
+@pytest.mark.parametrize("error", [2e-3, math.nan])
+def test_wrong_outputs_are_not_compared_with_fp8(bench: Any, error: float) -> None:
+    bench({"rival": 511.0, "4": 380.0}, error=error)
+    with pytest.raises(RuntimeError, match="at most 1e-03 is allowed: nothing is timed"):
+        verdict(test_kernels.test_times_slower_than_fp8, "vllm-nixl-7x-slower", batch=2, tokens=1024)
+
+
+@pytest.mark.parametrize("arm", ["rival", "4"])
+def test_a_clock_that_does_not_wait_for_fp8_is_refused(bench: Any, arm: str) -> None:
+    bench({"rival": 511.0, "4": 380.0} | {arm: 0.1})
+    with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
+        verdict(test_kernels.test_times_slower_than_fp8, "vllm-nixl-7x-slower", batch=2, tokens=1024)
+
+
 def test_without_fp8_there_is_no_comparison(bench: Any) -> None:
     bench({"rival": 511.0, "4": 380.0}, rivals=0)
     with pytest.raises(RuntimeError, match="no attention over FP8 to compare with"):
@@ -304,6 +318,39 @@ def test_a_slower_step_is_refuted(claim_id: str, factor: float, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("check", "claim_id", "factor", "expected"),
+    [
+        # Ours takes so many ms where the rival takes 2, and so many of its bytes: as recorded, and planted.
+        (test_steps.test_times_as_fast, "readme-step-profiles", 1.3, "supported"),
+        (test_steps.test_times_as_fast, "readme-step-profiles", 2.1, "refuted"),
+        (test_steps.test_times_as_fast, "readme-step-unmasked", 1.9, "supported"),
+        (test_steps.test_times_as_fast, "readme-step-unmasked", 2.1, "refuted"),
+        (test_steps.test_times_as_fast, "vllm-blog-throughput-of-codes", 0.3, "refuted"),
+        (test_steps.test_times_as_fast, "vllm-blog-throughput-of-codes", 2.75, "supported"),
+        (test_steps.test_times_as_fast, "seed-taleef7-throughput-of-codes", 2.04, "refuted"),
+        (test_steps.test_times_as_fast, "seed-taleef7-throughput-of-codes", 2.75, "supported"),
+        (test_steps.test_times_as_fast, "seed-true-or-false-throughput-of-codes", 2.0, "refuted"),
+        (test_steps.test_times_as_fast, "seed-true-or-false-throughput-of-codes", 8 / 3, "supported"),
+        (test_steps.test_times_as_fast, "google-blog-faster-runtime", 0.5, "supported"),
+        (test_steps.test_latency, "vllm-blog-latency-of-codes", 1.3, "refuted"),
+        (test_steps.test_latency, "vllm-blog-latency-of-codes", 2.8, "supported"),
+        (test_steps.test_cache_bytes, "readme-step-memory", 0.27, "supported"),
+        (test_steps.test_cache_bytes, "readme-step-memory", 0.31, "refuted"),
+    ],
+)
+def test_each_check_of_steps_tells_both_ways(
+    check: Any, claim_id: str, factor: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(arm: str, took: float, size: float) -> decode_step.Step:
+        times = [took * (1 + 1e-3 * math.sin(i * took)) for i in range(test_steps.STEPS)]
+        return decode_step.Step(1, 8, arm, "cuda", times, round(1e9 * size), None, "gluon")
+
+    found = test_steps.Pair(step("ours", factor, factor), step("rival", 2.001, 1.0), 0.1)
+    monkeypatch.setattr(test_steps, "pair_of", lambda cell: found)
+    assert verdict(check, claim_id) == expected
+
+
+@pytest.mark.parametrize(
     ("captured", "eager", "expected"),
     [(29.0, 27.0, "ce"), (29.0, 61.0, "c"), (178.0, 72.0, "e"), (None, 50.0, "e"), (29.0, 40.0, "ce")],
 )
@@ -334,6 +381,13 @@ def test_steps_of_another_computation_are_not_timed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(decode_step, "outputs", same)
     with pytest.raises(RuntimeError, match="outputs over codes are 0 from"):
+        test_steps.pair("needle", 1, 600)
+
+    def spoiled(model: Any, batch: int, tokens: int, arm: Any, **options: Any) -> torch.Tensor:
+        return right(model, batch, tokens, arm, **options) * (math.nan if arm.cache == "ours" else 1.0)
+
+    monkeypatch.setattr(decode_step, "outputs", spoiled)
+    with pytest.raises(RuntimeError, match="outputs over codes are nan from"):
         test_steps.pair("needle", 1, 600)
 
 
@@ -430,8 +484,11 @@ def test_a_clock_that_does_not_wait_is_refused(monkeypatch: pytest.MonkeyPatch) 
         quantizing(monkeypatch, Device(0.03, 0.0027, waits=False), "paper-v1-quantization-time-measured", 2)
 
 
-def test_vectors_that_come_back_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [0.9, math.nan])
+def test_vectors_that_come_back_wrong_are_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = test_quantizing.MseQuantizer.decode
-    monkeypatch.setattr(test_quantizing.MseQuantizer, "decode", lambda self, codes: 0.9 * right(self, codes))
+    monkeypatch.setattr(
+        test_quantizing.MseQuantizer, "decode", lambda self, codes: factor * right(self, codes)
+    )
     with pytest.raises(RuntimeError, match="come back with distortion"):
         quantizing(monkeypatch, Device(0.03, 0.0027), "paper-v1-quantization-time-measured", 2)
