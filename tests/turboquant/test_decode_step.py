@@ -51,6 +51,17 @@ def test_eager_arms_on_a_cpu(model):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("profile", ["4", "conservative"])
+def test_a_recurrent_models_cache_with_a_capacity_is_filled(profile):
+    """Outlier channels are chosen from what comes first, which also makes the recurrent state."""
+    own = random_model(MODELS["qwen3.5"]().config, "cpu")
+    arm = Arm("ours, captured", "ours", captured=True, profile=profile)
+    with decode_step._serving(own, arm, "auto"):
+        cache = decode_step._cache(own, arm, 160, "auto")
+        decode_step._fill(cache, own, 2, 150)
+    assert cache.get_seq_length() == 150
+
+
 @pytest.mark.parametrize("name", ["phi", "mistral", "gemma2", "qwen3", "qwen3.5", "mistral-sliding"])
 def test_other_architectures(name):
     """Sliding layers keep their window, recurrent ones a state; neither is compressed."""

@@ -51,6 +51,9 @@ _WARM = 5
 _SHORT = 512
 """Tokens of the prompt before the one that is timed."""
 
+_FIRST = 32
+"""Tokens that make the state of recurrent layers, and choose outlier channels where there is a capacity."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -472,15 +475,16 @@ def _fill(cache: Any, model: PreTrainedModel, batch: int, tokens: int, seed: int
     generator = torch.Generator(weight.device).manual_seed(seed)
     layer = kv_layers(model.config)[0]
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
-    recurrent = "linear_attention" in kinds
-    if recurrent:  # its layers decode from a state, which a first token makes
-        _forward(model, cache, torch.full((batch, 1), 7, device=weight.device), 0)
-    shape = (batch, layer.kv_heads, tokens - recurrent, layer.head_dim)
+    first = min(tokens, _FIRST) if "linear_attention" in kinds else 0
+    if first:  # its layers decode from a state, which first tokens make
+        ids = torch.full((batch, first), 7, device=weight.device)
+        _forward(model, cache, ids, torch.arange(first, device=weight.device).expand_as(ids))
+    shape = (batch, layer.kv_heads, tokens - first, layer.head_dim)
     keys, values = (
         torch.randn(shape, device=weight.device, dtype=weight.dtype, generator=generator) for _ in range(2)
     )
     for number, kind in enumerate(kinds):
-        if kind != "linear_attention" and tokens > recurrent:
+        if kind != "linear_attention" and tokens > first:
             cache.update(keys, values, number)
 
 
