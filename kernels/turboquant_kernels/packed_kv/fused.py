@@ -180,7 +180,7 @@ def encode(
         sketch_tokens[(batch * heads * programs,)](
             x, signs, lengths_of_residuals, factors[0], thresholds[0], group.coded[0].levels,
             group.sketch.matrix, *lengths, *numbers, count, signs.shape[2], heads, programs, *x.stride()[:3],
-            WIDTH=width, BITS=bits, M=m, LOG=log, ROUNDS=rounds, BLOCKS=at_once, num_warps=4,
+            WIDTH=width, BITS=bits, M=m, LOG=log, ROUNDS=rounds, BLOCKS=at_once, num_warps=BLOCKS,
             enable_fp_fusion=False,
         )  # fmt: skip
 
