@@ -142,7 +142,6 @@ def check_sketched(here: PackedKV, there: PackedKV, keys: Tensor) -> None:
     signs = [unpack(half.words[1].cpu(), 1, group.dim, "key").flatten(2, 3) for half in (a, b)]
     where = (signs[0] != signs[1]).nonzero()
     assert len(where) <= 1e-5 * signs[0].numel()
-    print(f"{len(where)} of {signs[0].numel()} signs differ")
     for row, head, token, sign in where.tolist():
         x = keys[row, head, token].float()
         z = group.rotation.forward(x[None])[0] * (group.root / x.double().square().sum().sqrt().float())
