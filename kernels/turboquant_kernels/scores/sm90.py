@@ -153,16 +153,9 @@ def score_splits(
         tables = tables + (gl.load(tables_ptr + 128 * k + at),)
     left = rows - first_row
     row_at = head.to(gl.int64) * rows + first_row
-    query = ()
-    halves = ()
-    scales = ()
-    for norm in gl.static_range(norms_of(KEYS)):
-        made, half, unit = _query_operands(
-            q_ptr + row_at * (32 * UNITS), left, 32 * UNITS, scale, ratio, KEYS, norm, QUERIES, WARPS
-        )
-        query = query + made
-        halves = halves + (half,)
-        scales = scales + (unit,)
+    query, halves, scales = _query_operands(
+        q_ptr + row_at * (32 * UNITS), left, 32 * UNITS, scale, ratio, KEYS, QUERIES, WARPS
+    )
 
     warp = gl.expand_dims(
         gl.expand_dims(gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOKENS))), 1), 2
