@@ -304,17 +304,9 @@ def test_a_step_on_a_cpu_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("steps")
-@pytest.mark.parametrize(
-    ("claim_id", "factor"),
-    [
-        ("readme-step-speed", 2.2),
-        ("google-blog-faster-runtime", 2.2),
-        ("back2matching-2x-at-long-context", 1.2),
-    ],
-)
-def test_a_slower_step_is_refuted(claim_id: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_step, "_timed", paced(factor))
-    assert verdict(test_steps.test_times_as_fast, claim_id, **SMALL) == "refuted"
+def test_a_slower_step_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_step, "_timed", paced(2.2))
+    assert verdict(test_steps.test_times_as_fast, "readme-step-speed", **SMALL) == "refuted"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +324,9 @@ def test_a_slower_step_is_refuted(claim_id: str, factor: float, monkeypatch: pyt
         (test_steps.test_times_as_fast, "seed-true-or-false-throughput-of-codes", 2.0, "refuted"),
         (test_steps.test_times_as_fast, "seed-true-or-false-throughput-of-codes", 8 / 3, "supported"),
         (test_steps.test_times_as_fast, "google-blog-faster-runtime", 0.5, "supported"),
+        (test_steps.test_times_as_fast, "google-blog-faster-runtime", 2.2, "refuted"),
+        (test_steps.test_times_as_fast, "back2matching-2x-at-long-context", 0.6, "supported"),
+        (test_steps.test_times_as_fast, "back2matching-2x-at-long-context", 1.2, "refuted"),
         (test_steps.test_latency, "vllm-blog-latency-of-codes", 1.3, "refuted"),
         (test_steps.test_latency, "vllm-blog-latency-of-codes", 2.8, "supported"),
         (test_steps.test_cache_bytes, "readme-step-memory", 0.27, "supported"),
@@ -477,8 +472,8 @@ def test_virtually_zero(monkeypatch: pytest.MonkeyPatch, whole: float, expected:
 
 
 def test_a_clock_that_does_not_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two microseconds for 34 GFLOP."""
-    at = {"vectors": 1 << 12, "dim": 1 << 10}
+    """Two microseconds for 4 GFLOP, where 2 would do."""
+    at = {"vectors": 1 << 11, "dim": 1 << 10}
     monkeypatch.setattr("test_speed_claims.VECTORS", at)
     with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
         quantizing(monkeypatch, Device(0.03, 0.0027, waits=False), "paper-v1-quantization-time-measured", 2)
