@@ -91,6 +91,17 @@ def measurements(tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.Monk
     return Measurements(folder)
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kv_cache")
+
+
+@pytest.fixture
+def shared(measurements: Measurements, shared_folder: Path) -> Measurements:
+    """The same, of one folder for all tests that do not count runs: they measure a text once."""
+    return Measurements(shared_folder)
+
+
 def a_cell(folder: Path, at: str, kind: str = "ordering", **fields: Any) -> Cell:
     """A cell of 20 clusters, whose claim needs a model."""
     where = folder / f"{abs(hash(at))}"
@@ -144,11 +155,11 @@ def test_the_first_clusters_are_shared_with_arms_that_need_no_more(
     assert runs == [(0, together), (1, together), (2, together[:2]), (3, together[:2])]
 
 
-def test_another_arm_or_seed_is_measured_by_itself(measurements: Measurements, tmp_path: Path) -> None:
+def test_another_arm_or_seed_is_measured_by_itself(shared: Measurements, tmp_path: Path) -> None:
     cell = a_cell(tmp_path, 'evaluation = "text", better = "tq4", worse = "tq2"')
-    named = measurements.series(cell, "tiny", "tq4", "tq3")
+    named = shared.series(cell, "tiny", "tq4", "tq3")
     assert [records[0].arm for records in named[1]] == ["tq3"] * 20
-    other = measurements.series(Cell(cell.claim, cell.spec, master_seed=1), "tiny", "tq4")
+    other = shared.series(Cell(cell.claim, cell.spec, master_seed=1), "tiny", "tq4")
     assert [a[0].kl for a in named[0]] != [a[0].kl for a in other[0]]
 
 
@@ -167,13 +178,13 @@ def test_clusters_of_the_same_text_differ_by_rotation_alone(
 
 
 def test_evaluations_of_one_kind_read_the_same_texts_under_any_master_seed(
-    measurements: Measurements, tmp_path: Path
+    shared: Measurements, tmp_path: Path
 ) -> None:
     cell = a_cell(tmp_path, 'evaluation = "same", against = "text", arm = "tq2"')
     for seed in (cell.master_seed, 1):
         record = Record()
         seeded = Cell(cell.claim, cell.spec, master_seed=seed)
-        test_text.test_largest_difference(seeded, "tiny", record, measurements)
+        test_text.test_largest_difference(seeded, "tiny", record, shared)
         assert interval(record.evidence).value == 0  # type: ignore[arg-type]
 
 
@@ -227,22 +238,22 @@ def test_a_cache_that_does_no_work_is_broken(measurements: Measurements, tmp_pat
 REGION = "accept = [-0.5, 0.5], expected = 0.0, sd = 0.001"
 
 
-def test_an_honest_cache_is_measured_as_ours_is(measurements: Measurements, tmp_path: Path) -> None:
+def test_an_honest_cache_is_measured_as_ours_is(shared: Measurements, tmp_path: Path) -> None:
     cell = a_cell(tmp_path, 'evaluation = "text", bits = 4', kind="unbiased", values=REGION)
-    theirs = run(test_text.test_bits_per_byte, cell, measurements, subject=CLEAN)
-    ours = run(test_text.test_bits_per_byte, cell, measurements, subject=CacheUnderTest(OURS))
+    theirs = run(test_text.test_bits_per_byte, cell, shared, subject=CLEAN)
+    ours = run(test_text.test_bits_per_byte, cell, shared, subject=CacheUnderTest(OURS))
     assert judge(cell.claim, cell.spec, theirs.evidence).verdict == "supported"
     assert theirs.evidence.a.tolist() == pytest.approx(ours.evidence.a.tolist(), abs=1e-6)  # type: ignore[union-attr]
     assert ours.notes["stored_bits"]["tq4"] < 16
 
 
-def test_a_coarse_cache_is_refuted(measurements: Measurements, tmp_path: Path) -> None:
+def test_a_coarse_cache_is_refuted(shared: Measurements, tmp_path: Path) -> None:
     """What 4 bits leave of the divergence, a cache of 1 bit that says 4 does not."""
     cell = a_cell(tmp_path, 'evaluation = "text"')
     verdicts = {}
     for name in ("Honest", "Coarse"):
         record = Record()
-        theirs, rival = test_text.segments(measurements, cell, "tiny", f"faulty_caches:{name}@4", "tq2")
+        theirs, rival = test_text.segments(shared, cell, "tiny", f"faulty_caches:{name}@4", "tq2")
         record.paired(test_text.divergences(rival), test_text.divergences(theirs))
         verdicts[name] = judge(cell.claim, cell.spec, record.evidence).verdict
     assert verdicts == {"Honest": "supported", "Coarse": "refuted"}
