@@ -25,7 +25,7 @@ from turboquant_kernels.benchmarks.encode import CACHE_BYTES, SignedHadamard, co
 from turboquant_kernels.benchmarks.timing import copy_bandwidth, time_in_turn
 from turboquant_kernels.packed_kv import GroupCodec, Run, Sketch, VectorCodec
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, unpack
-from turboquant_kernels.packed_kv.store import Half
+from turboquant_kernels.packed_kv.store import Half, tokens_at_once
 
 __all__ = ["FORMS", "by_torch", "half_of", "main"]
 
@@ -87,12 +87,14 @@ def by_torch(half: Half, start: int, stop: int) -> tuple[list[Tensor], Tensor]:
     return [term.coefficients for term in terms], half.codec.decode(terms)
 
 
-def all_by_torch(half: Half, step: int = 64 * BLOCK) -> Tensor:
+def all_by_torch(half: Half) -> Tensor:
     """All tokens as bfloat16, so many at a time as a cache decodes them without a kernel."""
     tokens = half.scales[0].shape[2]
     out = half.recent.new_empty(*half.recent.shape[:2], tokens, half.codec.dim)
+    step = tokens_at_once(out)
     for start in range(0, tokens, step):
-        out[:, :, start : start + step] = by_torch(half, start, start + step)[1]
+        stop = min(start + step, tokens)
+        out[:, :, start:stop] = by_torch(half, start, stop)[1]
     return out
 
 

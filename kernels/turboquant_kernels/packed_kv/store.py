@@ -23,7 +23,7 @@ from turboquant_kernels.packed_kv import fused
 from turboquant_kernels.packed_kv.codec import Codec, Term
 from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack, unpack, words_per_block
 
-__all__ = ["FP16_MAX", "Half", "PackedKV", "Reading", "Rule"]
+__all__ = ["FP16_MAX", "Half", "PackedKV", "Reading", "Rule", "tokens_at_once"]
 
 Rule = Literal["codes", "raw"]
 Length = int | Tensor
@@ -75,7 +75,7 @@ class Half:
         from turboquant_kernels import dequantize
 
         if not dequantize.restore(self, tokens, out):
-            at_once = _tokens_at_once(out)
+            at_once = tokens_at_once(out)
             for start in range(0, tokens, at_once):
                 stop = min(start + at_once, tokens)
                 out[:, :, start:stop] = self.codec.decode(self.terms(start, stop))
@@ -547,7 +547,7 @@ class PackedKV:
                 self._check_norms(half, x, [n[:, :, start : start + x.shape[2]] for n in half.scales])
             return
         self.encoding = "torch"
-        count, at_once = x.shape[2], _tokens_at_once(x)
+        count, at_once = x.shape[2], tokens_at_once(x)
         for i in range(0, count, at_once):
             part = x[:, :, i : i + at_once]
             codes, scales = half.codec.encode(part)
@@ -651,8 +651,15 @@ def _row(number: Length, like: Tensor) -> Tensor:
     return torch.full((1,), number, dtype=torch.int64, device=like.device)
 
 
-def _tokens_at_once(like: Tensor) -> int:
-    """Of (B, G, ..., D), whole blocks."""
+def tokens_at_once(like: Tensor) -> int:
+    """How many tokens of a half torch encodes, or decodes, at a time.
+
+    Args:
+        like: (B, G, ..., D).
+
+    Returns:
+        Whole blocks.
+    """
     at_once = _AT_ONCE.get(like.device.type, _AT_ONCE["cpu"])
     tokens = at_once // (like.shape[0] * like.shape[1] * like.shape[-1])
     return max(BLOCK, tokens // BLOCK * BLOCK)
