@@ -35,31 +35,21 @@ def filled(dim: int, parts: tuple[tuple[int, int], ...], dtype: torch.dtype, **o
     return kv
 
 
+# Few with 12 * 2^k channels, which take long to compile.
 LAYERS = [
-    *(
-        (dim, ((dim, bits),), {})
-        for dim, bits in (
-            *((128, bits) for bits in (1, 2, 3, 4, 5, 8)),
-            (64, 1),
-            (64, 4),
-            (96, 3),
-            (96, 7),
-            (192, 4),
-            (256, 2),
-            (256, 3),
-            (256, 6),
-        )
-    ),
+    *((128, ((128, bits),), {}) for bits in (1, 2, 3, 4, 5, 8)),
+    *((64, ((64, bits),), {}) for bits in (1, 4)),
+    *((256, ((256, bits),), {}) for bits in (2, 3, 6)),
+    (96, ((96, 3),), {}),
     (128, ((32, 4), (96, 3)), {"split": "oblivious"}),
     (256, ((64, 2), (192, 1)), {"split": "oblivious"}),
     (128, ((32, 4), (96, 3)), {}),
     (128, ((64, 6), (64, 1)), {}),
     (256, ((64, 3), (192, 2)), {}),
-    (256, ((192, 4), (64, 3)), {}),
 ]
 SLOWER = [
     (128, ((128, 4),), {"kind": "prod"}),
-    (128, ((32, 4), (96, 3)), {"kind": "prod"}),
+    (128, ((64, 4), (64, 3)), {"kind": "prod"}),
     (128, ((128, 4),), {"rotation": "haar"}),
     (80, ((80, 4),), {}),
 ]
@@ -112,8 +102,16 @@ def test_other_codecs_decode_as_on_the_cpu(dim, parts, options) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("dim", "rows"), [(96, 1), (96, 20000), (192, 63), (192, 20000), (32, 5), (256, 33)])
+@pytest.mark.parametrize(
+    ("dim", "rows", "dtype"),
+    [
+        (96, 20000, torch.bfloat16),
+        (96, 1, torch.float32),
+        (192, 63, torch.bfloat16),
+        (32, 5, torch.float16),
+        (256, 33, torch.float32),
+    ],
+)
 def test_rotations_have_the_cpus_bytes(dim, rows, dtype, inverse) -> None:
     x = normal(rows, dim, seed=1, dtype=dtype)
     x[0, 3], x[-1, 0] = torch.inf, 1e4
