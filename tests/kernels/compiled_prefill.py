@@ -1,7 +1,7 @@
 """Compile the kernel for many new tokens without a device, and print what its machine code is made of (JSON).
 
-python compiled_prefill.py KEYS VALUES CAPABILITY HEAD_DIM DTYPE; KEYS and VALUES as the decode benchmark
-names them.
+python compiled_prefill.py KEYS VALUES CAPABILITY HEAD_DIM DTYPE CROWDED; KEYS and VALUES as the decode
+benchmark names them, CROWDED 1 for the settings of many rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from compiled import loops, machine_code
 
 
-def main(keys: str, values: str, capability: int, dim: int, dtype: str) -> None:
+def main(keys: str, values: str, capability: int, dim: int, dtype: str, crowded: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -25,10 +25,10 @@ def main(keys: str, values: str, capability: int, dim: int, dtype: str) -> None:
         units = [(int(share * dim) // 32, bits) for share, bits, _ in form]
         return *units[0], *(units[1] if len(units) > 1 else (0, 0)), form[-1][2] > 0
 
-    how = settings_for(dim)
+    how = settings_for(dim, bool(crowded), keys.endswith("-prod"), dtype == "fp32")
     source = source_for(
         dtype, KEYS=runs(keys), VALUES=runs(values), ROWS=how.rows, BLOCKS=how.blocks, RAW=how.raw,
-        SHARED=how.shared, AHEAD=how.ahead, SOFTCAP=False,
+        SKETCH=keys.endswith("-prod"), SHARED=how.shared, AHEAD=how.ahead, SOFTCAP=False,
     )  # fmt: skip
     options = {"num_warps": how.warps, "maxnreg": how.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -40,4 +40,4 @@ def main(keys: str, values: str, capability: int, dim: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), sys.argv[5])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:5]), sys.argv[5], int(sys.argv[6]))

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from test_cuda_decode import DEVICE, TOLERANCE, exact, normal
+from test_cuda_decode import DEVICE, KERNELS, TOLERANCE, codecs_of, exact, normal
 from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant.profiles import profile
-from turboquant_kernels.decode import Attention, choose, reference
+from turboquant_kernels.decode import Attention, choose, reference, step
 from turboquant_kernels.packed_kv import PackedKV, Reading
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +50,13 @@ CASES = [
     ((((64, 3),), ((64, 1),)), 2, torch.float32, "oblivious"),
     ((((256, 4),), ((256, 3),)), 2, torch.bfloat16, "oblivious"),
     ((((128, 1),), ((128, 1),)), 16, torch.float16, "oblivious"),
+    ((((96, 4),), ((96, 3),)), 3, torch.bfloat16, "oblivious"),
+    ((((32, 4), (64, 3)),) * 2, 2, torch.float16, "outlier"),
+    ((((128, 4),), ((128, 4),)), 4, torch.bfloat16, "prod"),
+    ((((128, 2),), ((128, 2),)), 16, torch.float32, "prod"),
+    ((((64, 5),), ((64, 4),)), 1, torch.float16, "prod"),
+    ((((96, 3),), ((96, 3),)), 2, torch.bfloat16, "prod"),
+    ((((256, 3),), ((256, 3),)), 8, torch.bfloat16, "prod"),
     *(
         (parts, groups, dtype, split)
         for parts, groups, dtype in (
@@ -69,8 +76,7 @@ CASES = [
 @pytest.mark.parametrize(("parts", "groups", "dtype", "split"), CASES, ids=str)
 def test_against_float64(parts, split, groups, dtype, window, sinks, capacity) -> None:
     dim = sum(width for width, _ in parts[0])
-    codecs = [vector_codec(dim, part, seed=i, split=split) for i, part in enumerate(parts)]
-    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    kv = PackedKV(*codecs_of(dim, parts, split), window=window, sinks=sinks, capacity=capacity)
     total = 3000
     keys, values = (normal(2, 2, total, dim, seed=s, dtype=dtype) for s in (1, 2))
     keys[:, :, :, 5:dim:7] *= 4  # outlier channels
@@ -94,11 +100,12 @@ def test_against_float64(parts, split, groups, dtype, window, sinks, capacity) -
 
 
 def test_what_users_get_runs_on_the_kernel() -> None:
-    for name in ("conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious", "4"):
+    for name in ("conservative", "aggressive", "conservative-oblivious", "aggressive-oblivious", "4",
+                 "unbiased-keys"):  # fmt: skip
         chosen = profile(name)
         codecs = [
-            vector_codec(128, chosen.parts(bits, 128), seed=i, split=chosen.split)
-            for i, bits in enumerate((chosen.key_bits, chosen.value_bits))
+            vector_codec(128, chosen.parts(bits, 128), seed=i, split=chosen.split, kind=kind)
+            for i, (bits, kind) in enumerate(((chosen.key_bits, chosen.key_kind), (chosen.value_bits, "mse")))
         ]
         kv = PackedKV(*codecs, window=chosen.window, sinks=chosen.sinks)
         keys, values, query = (
@@ -107,6 +114,29 @@ def test_what_users_get_runs_on_the_kernel() -> None:
         kv.update(keys[:, :, :400], values[:, :, :400])
         reading = kv.update(keys[:, :, 400:], values[:, :, 400:])
         assert error(query[:, :, 400:], reading, attention=choose("auto")) < TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("name", ["4", "conservative", "unbiased-keys"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_a_backend_decodes_it_also_prefills(kernel, name, dim) -> None:
+    chosen = profile(name)
+    codecs = [
+        vector_codec(dim, chosen.parts(bits, dim), seed=i, split=chosen.split, kind=kind)
+        for i, (bits, kind) in enumerate(((chosen.key_bits, chosen.key_kind), (chosen.value_bits, "mse")))
+    ]
+    kv = PackedKV(*codecs, window=16)
+    keys, values, query = (normal(1, n, 400, dim, seed=n, dtype=torch.bfloat16) for n in (2, 2, 4))
+    attention = choose(kernel)
+    kv.update(keys[:, :, :200], values[:, :, :200])
+    reading = kv.update(keys[:, :, 200:201], values[:, :, 200:201])
+    if step.refusal(query[:, :, :1], reading, True, False, kernel) is not None:
+        assert name == "conservative"
+        assert dim in (64, 96)  # parts of 16 and 24 channels
+        return
+    attention(query[:, :, 200:201], reading, scale=0.1)
+    reading = kv.update(keys[:, :, 201:], values[:, :, 201:])
+    assert error(query[:, :, 201:], reading, attention=attention) < TOLERANCE
 
 
 def adversarial(tokens: int, kind: str, bits: int = 4) -> tuple[Tensor, Reading]:
@@ -190,7 +220,7 @@ def test_strided_queries_and_the_layout_of_outputs() -> None:
     assert (found - reference.attend(query, reading, scale=0.1)).norm() / found.norm() < TOLERANCE
 
 
-@pytest.mark.parametrize("parts", [((128, 5),), ((96, 4),)], ids=str)
+@pytest.mark.parametrize("parts", [((128, 5),), ((32, 4),)], ids=str)
 def test_what_it_does_not_read_runs_on_torch_and_says_why(parts) -> None:
     dim = parts[0][0]
     kv = PackedKV(*(vector_codec(dim, parts, seed=s, rotation="haar") for s in (1, 2)), window=16)
@@ -200,7 +230,7 @@ def test_what_it_does_not_read_runs_on_torch_and_says_why(parts) -> None:
     attention = choose("auto")
     attention(query[:, :, 100:], reading, scale=0.1)
     assert attention.prefill == "torch"
-    assert "keys must have 64, 128 or 256 channels" in str(attention.prefill_reason)
+    assert "keys must have 64, 96, 128 or 256 channels" in str(attention.prefill_reason)
     with pytest.raises(ValueError, match="cannot do this forward of many tokens: keys must have"):
         choose("triton")(query[:, :, 100:], reading, scale=0.1)
 

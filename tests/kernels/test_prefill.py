@@ -9,10 +9,12 @@ import pytest
 import test_cuda_decode
 import torch
 from interpreted import NEEDS_TRITON, interpret, plant
+from test_cuda_decode import codecs_of
 from torch import Tensor
 
 from turboquant.cache import vector_codec
-from turboquant_kernels.decode import reference
+from turboquant.profiles import profile, profile_names
+from turboquant_kernels.decode import reference, step
 from turboquant_kernels.packed_kv import PackedKV, Reading
 
 pytestmark = [
@@ -51,8 +53,7 @@ def read(
 ) -> tuple[Tensor, Reading]:  # fmt: skip
     """Queries of new tokens, and what they read of a store that has held others before."""
     dim = sum(width for width, _ in parts[0])
-    codecs = [vector_codec(dim, part, seed=i, split=split) for i, part in enumerate(parts)]
-    kv = PackedKV(*codecs, window=window, sinks=sinks, capacity=capacity)
+    kv = PackedKV(*codecs_of(dim, parts, split), window=window, sinks=sinks, capacity=capacity)
     batch = len(first or (0,))
     kv.pad(torch.tensor(first) if first else None)
     keys, values = (normal(batch, 2, before + new, dim, seed=s, dtype=dtype) for s in (1, 2))
@@ -115,6 +116,37 @@ def test_codes_of_every_width(bits, dim, launch):
 )
 def test_split_channels(parts, split, launch):
     assert error(launch, *read(parts, new=20, split=split, sinks=2)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (((96, 4),), ((96, 3),)),
+        (((96, 2),), ((96, 1),)),
+        (((32, 4), (64, 3)), ((64, 2), (32, 1))),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_96_channels(parts, splits, launch):
+    made = read(parts, new=20, split="oblivious", sinks=2, first=(0, 40), dtype=torch.float16)
+    assert error(launch, *made, splits=splits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "parts", [(((64, 5),), ((64, 4),)), (((96, 3),), ((96, 4),)), (((128, 2),), ((32, 3), (96, 2)))], ids=str
+)
+@pytest.mark.parametrize(("splits", "shared"), [(1, True), (3, False)])
+def test_keys_with_a_sketch(parts, splits, shared, launch):
+    made = read(parts, new=20, split="prod", sinks=2, first=(0, 40), dtype=torch.float16)
+    assert error(launch, *made, splits=splits, shared=shared) < TOLERANCE
+    assert error(launch, *made, softcap=2.0) < TOLERANCE
+
+
+def test_faint_keys_with_a_sketch(launch):
+    query, reading = read((((64, 3),), ((64, 3),)), new=20, split="prod")
+    for half in (reading.keys, reading.values):
+        half.scales[0].mul_(2.0**-13)
+    assert error(launch, query * 2.0**13, reading) < TOLERANCE
 
 
 @pytest.mark.parametrize("groups", [1, 3, 16])
@@ -220,19 +252,58 @@ def test_an_infinite_norm_is_nan_where_it_is_read(launch):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "split"),
     [
         # The causal mask, off by one; the window's tokens, counted twice; a norm, forgotten.
-        ("(token[None, :] <= number[:, None])", "(token[None, :] <= number[:, None] + 1)"),
-        ("(number[:, None] - token[None, :] < window)", "(number[:, None] - token[None, :] < window + 8)"),
-        ("number + 1 - window, start", "number + 9 - window, start"),
-        ("* (norms * scale + (norms - norms))", "* (norms * 0.0 + 1.0)"),
-        ("total * keep + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+        ("(token[None, :] <= number[:, None])", "(token[None, :] <= number[:, None] + 1)", "oblivious"),
+        (
+            "(number[:, None] - token[None, :] < window)",
+            "(number[:, None] - token[None, :] < window + 8)",
+            "oblivious",
+        ),
+        ("number + 1 - window, start", "number + 9 - window, start", "oblivious"),
+        ("* (norms * scale + (norms - norms))", "* (norms * 0.0 + 1.0)", "oblivious"),
+        ("total * keep + tl.sum(p, 1)", "total + tl.sum(p, 1)", "oblivious"),
+        # A sketch's norm, not in units of the key's; a sketch, in the basis of the key.
+        ("norms = (keys[0][2].to(tl.float32) * scale", "norms = (scale", "prod"),
+        ("tl.dot(q[1], ", "tl.dot(q[0], ", "prod"),
     ],
 )
-def test_a_planted_fault_is_seen(right, wrong, launch, monkeypatch, tmp_path):
-    made = read(whole(4, 4), new=40, before=200, window=16)
+def test_a_planted_fault_is_seen(right, wrong, split, launch, monkeypatch, tmp_path):
+    made = read(whole(4, 4), new=40, before=200, window=16, split=split)
     assert error(launch, *made) < TOLERANCE
     planted = plant(monkeypatch, "prefill.kernel", right, wrong, tmp_path)
     monkeypatch.setattr(launch, "attend_prefix", planted.attend_prefix)
     assert error(launch, *made) > 10 * TOLERANCE
+
+
+class OnDevice:
+    """What `step.refusal` asks of a query, as if on a GPU."""
+
+    device, dtype, shape = torch.device("cuda"), torch.float32, (1, 2, 1, 64)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 160, 256])
+def test_what_decodes_also_prefills(dim, monkeypatch):
+    """Of every profile: a backend named by a user must not refuse the prompt of what it could go on with."""
+    seen = set()
+    for chosen in map(profile, profile_names()):
+        try:
+            parts = [chosen.parts(bits, dim) for bits in chosen.layer_bits(1)[0]]
+            codecs = [
+                vector_codec(dim, part, seed=1, split=chosen.split, kind=kind)
+                for part, kind in zip(parts, (chosen.key_kind, "mse"), strict=True)
+            ]
+        except ValueError:
+            continue  # no such split of so many channels
+        kv = PackedKV(*codecs, window=4)
+        tokens = normal(1, 1, 20, dim, seed=1)
+        readings = [kv.update(tokens[:, :, :count], tokens[:, :, :count]) for count in (1, 20)]
+        for kernel, capability in (("gluon", (9, 0)), ("triton", (8, 0)), ("triton", (8, 9))):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+            decoding, prefill = (
+                step.refusal(OnDevice(), reading, True, False, kernel) for reading in readings
+            )
+            assert decoding == prefill
+            seen.add(decoding is None)
+    assert seen == ({False} if dim == 160 else {True, False})

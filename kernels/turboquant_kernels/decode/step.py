@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIMS",
-    "MANY_DIMS",
     "MOST_QUERIES",
     "Basis",
     "attend",
@@ -41,10 +40,8 @@ __all__ = [
 ]
 
 DIMS = (64, 96, 128, 256)
-MANY_DIMS = (64, 128, 256)
 MOST_QUERIES = 8
 _MASK_ROWS = 256
-_FLOAT32_MEMORY = {64: 81920, 128: 180224, 256: 229376}  # of a program in `prefill`, on any device
 _RAW_ROWS = 16
 _TURNED = 4  # rows that a program rotates
 _RAW_TOKENS = 32  # that a program takes: more programs, each of fewer, are done sooner
@@ -110,30 +107,13 @@ def refusal(query: Tensor, reading: Reading, causal: bool, masked: bool, kernel:
         return f"queries must have the keys' dtype {reading.raw_keys.dtype}, not {query.dtype}"
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtypes are bfloat16, float16 and float32, not {query.dtype}"
-    many = reading.queries > MOST_QUERIES
     for half in (reading.keys, reading.values):
-        if not _readable(half, many):
-            dims, sketch = (
-                ("64, 128 or 256", "without a sketch of the residual")
-                if many
-                else (
-                    "64, 96, 128 or 256",
-                    "a sketch of the residual only in keys of 1 to 4 bits beside it in one part",
-                )
-            )
+        if not _readable(half):
             return (
-                f"{half.side}s must have {dims} channels, in one part or split in two of widths that are "
-                f"multiples of 32, of 1, 2, 3 or 4 bits each, {sketch}, not (channels, bits) "
+                f"{half.side}s must have 64, 96, 128 or 256 channels, in one part or split in two of widths "
+                "that are multiples of 32, of 1, 2, 3 or 4 bits each, a sketch of the residual only in keys "
+                "of 1 to 4 bits beside it in one part, not (channels, bits) "
                 f"{half.codec.runs} with {half.codec.scales} norms"
-            )
-    if many and query.dtype == torch.float32:
-        size = _FLOAT32_MEMORY[query.shape[-1]]
-        properties = torch.cuda.get_device_properties(query.device)
-        there: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if there < size:
-            return (
-                f"float32 of {query.shape[-1]} channels takes {size} bytes of shared memory, and there are "
-                f"{there} (bfloat16 and float16 take less)"
             )
     return None
 
@@ -244,16 +224,16 @@ def sees_all_before(mask: Tensor, reading: Reading) -> Tensor:
     return found
 
 
-def _readable(half: Half, many: bool) -> bool:
-    """Whether kernels read such codes: one run or two; of a step, one may be keys' sketch."""
+def _readable(half: Half) -> bool:
+    """Whether kernels read such codes: one run or two, of which one may be keys' sketch."""
     codec = half.codec
-    if not isinstance(codec, VectorCodec) or codec.dim not in DIMS or (many and codec.dim not in MANY_DIMS):
+    if not isinstance(codec, VectorCodec) or codec.dim not in DIMS:
         return False
     runs = [run for group in codec.groups for run in group.coded]
     sketches = sum(group.sketch is not None for group in codec.groups)
     return (
         len(runs) + sketches <= MOST_RUNS
-        and (not sketches or (half.side == "key" and not many))
+        and (not sketches or half.side == "key")
         and all(run.grid is not None and in_register_order(run.width, run.bits) for run in runs)
     )
 

@@ -60,13 +60,30 @@ _SIZES = ["blocks", "splits", "heads", "rows", "queries", "raw_count", "held", "
           "value_turn"]  # fmt: skip
 
 
+@triton.constexpr_function
+def _units(runs: Any) -> Any:
+    """Units of 32 coordinates of both runs, and void ones to make a power of two.
+
+    What void ones stand for does not matter: queries have zeros there, and outputs are not turned back from there.
+    """
+    return 1 << (runs[0] + runs[2] - 1).bit_length()
+
+
+@triton.constexpr_function
+def _run(runs: Any, number: int) -> Any:
+    """One run of two, as if alone."""
+    return (runs[2 * number], runs[2 * number + 1], 0, 0, False)
+
+
 @triton.jit
-def _largest_norm(norms_ptr, begin, end, top):
-    """The largest finite norm of these tokens, and `top`."""
+def _largest_norm(norms_ptr, unit_ptr, begin, end, top):
+    """The largest finite norm of these tokens, which may count in units of another, and `top`."""
     best = tl.zeros([1024], tl.float32)
     for at in range(begin, end, 1024):
         place = at + tl.arange(0, 1024)
         norm = tl.load(norms_ptr + place, mask=place < end, other=0.0).to(tl.float32)
+        if unit_ptr is not None:
+            norm *= tl.load(unit_ptr + place, mask=place < end, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.where(norm < 65505.0, norm, 0.0))
     return tl.maximum(top, tl.max(best, 0))
 
@@ -135,14 +152,15 @@ def _run_words(base, block, unit, mine, BITS: tl.constexpr, UNITS: tl.constexpr)
 def _load(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RUNS: tl.constexpr,
           BLOCKS: tl.constexpr, VALUES: tl.constexpr):  # fmt: skip
     """Words and norms of a step's blocks; beyond the last block, of the last."""
-    UNITS: tl.constexpr = RUNS[0] + RUNS[2]
+    UNITS: tl.constexpr = _units(RUNS)
     row = tl.arange(0, BLOCKS * UNITS)
     block = tl.minimum(step * BLOCKS + row // UNITS, last)
     unit = row % UNITS
     words = _run_words(words_ptr, block, unit, unit < RUNS[0], RUNS[1], RUNS[0])
     other = ()
     if RUNS[2] > 0:
-        other = _run_words(other_words_ptr, block, unit - RUNS[0], unit >= RUNS[0], RUNS[3], RUNS[2])
+        mine = (unit >= RUNS[0]) & (unit < RUNS[0] + RUNS[2])
+        other = _run_words(other_words_ptr, block, unit - RUNS[0], mine, RUNS[3], RUNS[2])
     # Once for each lane that needs it, so that it lies beside the codes.
     if VALUES:
         place = tl.arange(0, 256)
@@ -157,6 +175,20 @@ def _load(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RU
     else:
         norms = tl.load(norms_ptr + at)
     return words, other, norms
+
+
+@triton.jit
+def _load_keys(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RUNS: tl.constexpr,
+               SKETCH: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    """The same of keys: of both runs together, or of the key and of its sketch."""
+    if SKETCH:
+        key = _load(words_ptr, None, norms_ptr, None, step, last, _run(RUNS, 0), BLOCKS, False)
+        sketch = _load(other_words_ptr, None, other_norms_ptr, None, step, last, _run(RUNS, 1), BLOCKS, False)
+        return key, sketch
+    else:
+        return (
+            _load(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RUNS, BLOCKS, False),
+        )
 
 
 @triton.jit
@@ -191,7 +223,7 @@ def _decoded(loaded, tables, scale, RUNS: tl.constexpr, BLOCKS: tl.constexpr, VA
     Tokens are in order. Key coordinates are numbered 32 unit + 8 c + 4 h + b, those of values
     32 unit + 8 i + 4 (r % 2) + r // 2: see `launch.turns`.
     """
-    UNITS: tl.constexpr = RUNS[0] + RUNS[2]
+    UNITS: tl.constexpr = _units(RUNS)
     words, other, norms = loaded
     quads = _quads(words, tables[0], tables[1], 0, RUNS[1], ASM)
     if RUNS[2] > 0:
@@ -255,16 +287,32 @@ def _weights(scores, factor, state):
 
 
 @triton.jit
-def _fold_codes(state, out, q, factor, cap, keys, values, key_tables, value_tables, key_scale, value_scale,
-                step, begin, limit, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCKS: tl.constexpr,
-                MASK: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+def _scores_of_codes(q, keys, tables, scale, KEYS: tl.constexpr, SKETCH: tl.constexpr, BLOCKS: tl.constexpr,
+                     ASM: tl.constexpr):  # fmt: skip
+    """Scores of a step of codes, which lack their factor."""
+    if SKETCH:
+        decoded = _decoded(keys[0], tables, scale, _run(KEYS, 0), BLOCKS, False, ASM)
+        scores = tl.dot(q[0], tl.trans(decoded))
+        # Its norm counts in units of the key's.
+        words, none, norms = keys[1]
+        norms = (keys[0][2].to(tl.float32) * scale.to(tl.float32) * norms.to(tl.float32)).to(tl.float16)
+        one = tl.full([], 1.0, tl.float16)
+        others = (tables[2], tables[3])
+        decoded = _decoded((words, none, norms), others, one, _run(KEYS, 1), BLOCKS, False, ASM)
+        return tl.dot(q[1], tl.trans(decoded), scores)
+    else:
+        return tl.dot(q[0], tl.trans(_decoded(keys[0], tables, scale, KEYS, BLOCKS, False, ASM)))
+
+
+@triton.jit
+def _fold_codes(state, out, scores, factor, cap, values, tables, scale, step, begin, limit,
+                VALUES: tl.constexpr, BLOCKS: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+                ASM: tl.constexpr):  # fmt: skip
     """Take a step of codes into the softmax."""
-    decoded = _decoded(keys, key_tables, key_scale, KEYS, BLOCKS, False, ASM)
-    scores = tl.dot(q, tl.trans(decoded))
     if SOFTCAP:
         scores = _capped(scores * factor[:, None], cap)
         factor = factor * 0.0 + 1.0
-    decoded = _decoded(values, value_tables, value_scale, VALUES, BLOCKS, True, ASM)
+    decoded = _decoded(values, tables, scale, VALUES, BLOCKS, True, ASM)
     if MASK:
         token = step * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS)
         seen = (token[None, :] >= begin) & (token[None, :] < limit[:, None])
@@ -276,10 +324,10 @@ def _fold_codes(state, out, q, factor, cap, keys, values, key_tables, value_tabl
 
 
 @triton.jit
-def _fold_raw(state, out, q_ptr, q_at, real, keys, values, seen, scale, cap, dim,
+def _fold_raw(state, out, q_ptr, q_at, real, held, keys, values, seen, scale, cap, dim,
               SOFTCAP: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Take a tile of raw tokens into the softmax."""
-    q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=real[:, None] & held[None, :], other=0.0)
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
     if SOFTCAP:
         scores = _capped(scores, cap)
@@ -311,6 +359,19 @@ def _turned(
         return tl.dot(high, tl.load(at + DIM * DIM), out)
 
 
+@triton.jit
+def _query_operand(x, turn_ptr, place, kept, SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Queries in a basis of keys, as a left operand."""
+    q = _turned(tl.zeros([ROWS, DIM], tl.float32), turn_ptr, x, 0, ROWS, DIM, DIM).to(tl.float16)
+    if SHARED:
+        # By way of the output's place: what is loaded stays in shared memory, else it takes registers.
+        tl.debug_barrier()
+        tl.store(place, q, mask=kept)
+        tl.debug_barrier()
+        q = tl.load(place, mask=kept, other=0.0)
+    return q
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def attend_prefix(
     q_ptr, key_words, other_key_words, value_words, other_value_words, key_norms, other_key_norms,
@@ -319,8 +380,8 @@ def attend_prefix(
     blocks, splits, heads, rows, queries, raw_count, held, before, start, window, sinks,
     q_batch, q_head, q_row, out_batch, out_head, out_row, key_turn, value_turn, scale, key_unit, value_unit,
     cap,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
+    KEYS: tl.constexpr, SKETCH: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    RAW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr, SHARED: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS query rows of one head over what a `packed_kv.Reading` lets them read.
@@ -339,7 +400,8 @@ def attend_prefix(
         value_norms: As `key_norms`.
         other_value_norms: As `other_key_norms`.
         table_ptr: `unpack.table_tensor` of the tables of two runs of keys, and of two of values.
-        key_turn_ptr: (1 or heads, 2, DIM, DIM) float16: queries to the keys' basis, high and low parts.
+        key_turn_ptr: (1 or heads, 2, WIDTH, WIDTH) float16: queries to the keys' basis, high and low parts, WIDTH
+            being the power of two that DIM is padded to; with a sketch, then the same to its basis.
         value_turn_ptr: The same, outputs back from the values' basis.
         raw_keys_ptr: (batch, heads, raw_count, DIM) of the queries' dtype.
         raw_values_ptr: The same.
@@ -371,7 +433,9 @@ def attend_prefix(
         cap: log2(e) * cap; read only if SOFTCAP.
         KEYS: (units of 32 coordinates, bits) of the first run, of the second (or 0), and whether that has a
             norm of its own.
-        VALUES: The same.
+        SKETCH: Whether the second run of keys is a sketch of their residual: as many coordinates, in a basis of
+            their own, whose norm counts in units of the first.
+        VALUES: As KEYS.
         ROWS: Query rows a program takes.
         BLOCKS: Blocks of codes a step takes.
         RAW: Raw tokens a step takes.
@@ -379,8 +443,9 @@ def attend_prefix(
         PRECISION: Of products of float32 raw tokens.
         ASM: Whether codes are looked up by PTX instructions; else by plain operations, for the interpreter.
     """
-    UNITS: tl.constexpr = KEYS[0] + KEYS[2]
-    DIM: tl.constexpr = 32 * UNITS
+    DIM: tl.constexpr = 32 * (VALUES[0] + VALUES[2])
+    UNITS: tl.constexpr = _units(VALUES)
+    WIDTH: tl.constexpr = 32 * UNITS
     STEP: tl.constexpr = 32 * BLOCKS
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -389,7 +454,8 @@ def attend_prefix(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     group, query = row // queries, row % queries
-    dim = tl.arange(0, DIM)
+    dim = tl.arange(0, WIDTH)
+    channel = dim < DIM
     q_head_of = kv_head * (rows // queries) + group
     q_at = (batch * q_batch + q_head_of * q_head + query.to(tl.int64) * q_row) * 8
     sums_at = (head * splits + split) * rows + row
@@ -420,7 +486,7 @@ def attend_prefix(
         tl.full([ROWS], LOWEST, tl.float32),
         tl.zeros([ROWS], tl.float32),
     )  # fmt: skip
-    out = tl.zeros([ROWS, DIM], tl.float32)
+    out = tl.zeros([ROWS, WIDTH], tl.float32)
     if end > from_step:
         key_words += head * blocks * (32 * KEYS[0] * KEYS[1])
         value_words += head * blocks * (32 * VALUES[0] * VALUES[1])
@@ -435,101 +501,90 @@ def attend_prefix(
         if VALUES[4]:
             other_value_norms += head * blocks * 32
         low, high = tl.maximum(from_step * STEP, begin), tl.minimum(end * STEP, most)
-        key_top = _largest_norm(key_norms, low, high, 1e-30)
-        value_top = _largest_norm(value_norms, low, high, 1e-30)
-        if KEYS[4]:
-            key_top = _largest_norm(other_key_norms, low, high, key_top)
+        key_top = _largest_norm(key_norms, None, low, high, 1e-30)
+        value_top = _largest_norm(value_norms, None, low, high, 1e-30)
+        if SKETCH:
+            key_top = _largest_norm(other_key_norms, key_norms, low, high, key_top)
+        elif KEYS[4]:
+            key_top = _largest_norm(other_key_norms, None, low, high, key_top)
         if VALUES[4]:
-            value_top = _largest_norm(other_value_norms, low, high, value_top)
+            value_top = _largest_norm(other_value_norms, None, low, high, value_top)
         key_power, value_power = _power(key_top), _power(value_top)
         key_scale, value_scale = key_power.to(tl.float16), value_power.to(tl.float16)
 
         # Queries in the keys' basis, each row as it is times a power of two.
-        x = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+        kept = real[:, None] & channel[None, :]
+        x = tl.load(q_ptr + q_at[:, None] + dim[None, :], mask=kept, other=0.0).to(tl.float32)
         power = _power(tl.maximum(tl.max(tl.abs(x), 1), 1e-30)) * 0.00390625
         x = x * tl.where(scale < 0, -power, power)[:, None]
-        q = _turned(out, key_turn_ptr + kv_head * key_turn, x, 0, ROWS, DIM, DIM).to(tl.float16)
-        if SHARED:
-            # By way of the output's place: what is loaded stays in shared memory, else it takes registers.
-            place = out_ptr.to(tl.pointer_type(tl.float16))
-            place += (out_at * (out_ptr.dtype.element_ty.primitive_bitwidth // 16))[:, None]
-            tl.store(place + dim[None, :], q, mask=real[:, None])
-            tl.debug_barrier()
-            q = tl.load(place + dim[None, :], mask=real[:, None], other=0.0)
+        place = out_ptr.to(tl.pointer_type(tl.float16))
+        place += (out_at * (out_ptr.dtype.element_ty.primitive_bitwidth // 16))[:, None] + dim[None, :]
+        key_turn_ptr += kv_head * key_turn
+        q = (_query_operand(x, key_turn_ptr, place, kept, SHARED, ROWS, WIDTH),)
+        if SKETCH:
+            turn = key_turn_ptr + 2 * WIDTH * WIDTH
+            q += (_query_operand(x, turn, place, kept, SHARED, ROWS, WIDTH),)
         factor = tl.maximum(tl.abs(scale), 1e-30) / (key_unit * key_power) / power
 
-        key_tables = _tables(table_ptr, 0, BLOCKS * UNITS)
+        key_tables = _tables(table_ptr, 0, BLOCKS * _units(_run(KEYS, 0) if SKETCH else KEYS))
         value_tables = _tables(table_ptr, 2, BLOCKS * UNITS)
         last = blocks - 1
         if AHEAD:
-            keys = _load(
-                key_words, other_key_words, key_norms, other_key_norms, first_full, last, KEYS, BLOCKS, False
-            )
+            keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, first_full, last, KEYS,
+                              SKETCH, BLOCKS)  # fmt: skip
             values = _load(value_words, other_value_words, value_norms, other_value_norms, first_full, last, VALUES,
                            BLOCKS, True)  # fmt: skip
         # One stage: words go to registers, if AHEAD while the step before computes.
         for step in tl.range(first_full, end_full, num_stages=1):
-            if AHEAD:
-                next_step = tl.minimum(step + 1, end_full - 1)
-                next_keys = _load(key_words, other_key_words, key_norms, other_key_norms, next_step, last, KEYS,
-                                  BLOCKS, False)  # fmt: skip
-                next_values = _load(value_words, other_value_words, value_norms, other_value_norms, next_step,
-                                    last, VALUES, BLOCKS, True)  # fmt: skip
-            else:
-                keys = _load(
-                    key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS, BLOCKS, False
-                )
+            if not AHEAD:
+                keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS,
+                                  SKETCH, BLOCKS)  # fmt: skip
                 values = _load(value_words, other_value_words, value_norms, other_value_norms, step, last, VALUES,
                                BLOCKS, True)  # fmt: skip
-            state, out = _fold_codes(state, out, q, factor, cap, keys, values, key_tables, value_tables,
-                                     key_scale, value_scale, step, begin, limit, KEYS, VALUES, BLOCKS, False,
-                                     SOFTCAP, ASM)  # fmt: skip
+            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM)
+            here = values
             if AHEAD:
-                keys, values = next_keys, next_values
+                # Not before the product: what makes tensor cores see the keys waits for all loads.
+                next_step = tl.minimum(step + 1, end_full - 1)
+                keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, next_step, last, KEYS,
+                                  SKETCH, BLOCKS)  # fmt: skip
+                values = _load(value_words, other_value_words, value_norms, other_value_norms, next_step, last,
+                               VALUES, BLOCKS, True)  # fmt: skip
+            state, out = _fold_codes(state, out, scores, factor, cap, here, value_tables, value_scale, step,
+                                     begin, limit, VALUES, BLOCKS, False, SOFTCAP, ASM)  # fmt: skip
 
         # The few steps at either end whose tokens are not all visible.
         leading = first_full - from_step
         for index in tl.range(0, leading + end - end_full, num_stages=1):
             step = tl.where(index < leading, from_step + index, end_full + index - leading)
-            keys = _load(
-                key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS, BLOCKS, False
-            )
-            values = _load(
-                value_words,
-                other_value_words,
-                value_norms,
-                other_value_norms,
-                step,
-                last,
-                VALUES,
-                BLOCKS,
-                True,
-            )
-            state, out = _fold_codes(state, out, q, factor, cap, keys, values, key_tables, value_tables,
-                                     key_scale, value_scale, step, begin, limit, KEYS, VALUES, BLOCKS, True,
-                                     SOFTCAP, ASM)  # fmt: skip
+            keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS, SKETCH,
+                              BLOCKS)  # fmt: skip
+            values = _load(value_words, other_value_words, value_norms, other_value_norms, step, last, VALUES,
+                           BLOCKS, True)  # fmt: skip
+            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM)
+            state, out = _fold_codes(state, out, scores, factor, cap, values, value_tables, value_scale, step,
+                                     begin, limit, VALUES, BLOCKS, True, SOFTCAP, ASM)  # fmt: skip
 
         # Back to the basis of raw tokens; divided, to suit fp16.
         total = tl.where(state[2] == 0.0, 1.0, state[2])
         mean = out / total[:, None]
-        out = _turned(
-            tl.zeros([ROWS, DIM], tl.float32), value_turn_ptr + kv_head * value_turn, mean, 0, ROWS, DIM, DIM
-        )
+        out = tl.zeros([ROWS, WIDTH], tl.float32)
+        out = _turned(out, value_turn_ptr + kv_head * value_turn, mean, 0, ROWS, WIDTH, WIDTH)
         out = out * (total / (value_unit * value_power))[:, None]
 
     if split == 0:
         raw_keys_ptr += head * raw_count * DIM
         raw_values_ptr += head * raw_count * DIM
-        for at in range(0, sinks, 16):
+        for at in tl.range(0, sinks, 16, num_stages=1):
             place = at + tl.arange(0, 16)
             token = begin - sinks + place
             kept = (place < sinks) & (token < before + queries)
             here = (head * sinks + place)[:, None] * DIM + dim[None, :]
-            keys = tl.load(sink_keys_ptr + here, mask=kept[:, None], other=0.0)
-            values = tl.load(sink_values_ptr + here, mask=kept[:, None], other=0.0)
+            keys = tl.load(sink_keys_ptr + here, mask=kept[:, None] & channel[None, :], other=0.0)
+            values = tl.load(sink_values_ptr + here, mask=kept[:, None] & channel[None, :], other=0.0)
             seen = kept[None, :] & (token[None, :] <= number[:, None])
-            state, out = _fold_raw(state, out, q_ptr, q_at, real, keys, values, seen, scale, cap, dim, SOFTCAP,
-                                   ROWS, PRECISION)  # fmt: skip
+            state, out = _fold_raw(state, out, q_ptr, q_at, real, channel, keys, values, seen, scale, cap, dim,
+                                   SOFTCAP, ROWS, PRECISION)  # fmt: skip
         # Places of the raw tokens that some row of this tile reads.
         earliest = tl.maximum(
             tl.min(tl.where(real, number, 2147483647), 0) + 1 - window, tl.maximum(start, begin)
@@ -544,12 +599,12 @@ def attend_prefix(
             # Void rows may hold anything, NaN too.
             kept = (place < raw_count) & (token >= start) & (token >= begin)
             here = place[:, None] * DIM + dim[None, :]
-            keys = tl.load(raw_keys_ptr + here, mask=kept[:, None], other=0.0)
-            values = tl.load(raw_values_ptr + here, mask=kept[:, None], other=0.0)
+            keys = tl.load(raw_keys_ptr + here, mask=kept[:, None] & channel[None, :], other=0.0)
+            values = tl.load(raw_values_ptr + here, mask=kept[:, None] & channel[None, :], other=0.0)
             seen = kept[None, :] & (token[None, :] <= number[:, None])
             seen = seen & (number[:, None] - token[None, :] < window)
-            state, out = _fold_raw(state, out, q_ptr, q_at, real, keys, values, seen, scale, cap, dim, SOFTCAP,
-                                   ROWS, PRECISION)  # fmt: skip
+            state, out = _fold_raw(state, out, q_ptr, q_at, real, channel, keys, values, seen, scale, cap, dim,
+                                   SOFTCAP, ROWS, PRECISION)  # fmt: skip
 
     _, reference, total = state
     if splits == 1:
@@ -558,7 +613,8 @@ def attend_prefix(
     else:
         tl.store(sums_ptr + 2 * sums_at, reference, mask=real)
         tl.store(sums_ptr + 2 * sums_at + 1, total, mask=real)
-    tl.store(out_ptr + out_at[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=real[:, None])
+    kept = real[:, None] & channel[None, :]
+    tl.store(out_ptr + out_at[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=kept)
 
 
 def source_for(dtype: str, **constants: Any) -> ASTSource:
@@ -566,7 +622,7 @@ def source_for(dtype: str, **constants: Any) -> ASTSource:
 
     Args:
         dtype: Of queries and raw tokens: "bf16", "fp16" or "fp32".
-        constants: KEYS, VALUES, ROWS, BLOCKS, RAW, SOFTCAP.
+        constants: KEYS, SKETCH, VALUES, ROWS, BLOCKS, RAW, SOFTCAP.
 
     Returns:
         What `triton.compile` takes, without padding, for lengths known to the host and one split.

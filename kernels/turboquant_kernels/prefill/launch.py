@@ -48,26 +48,42 @@ class Settings:
     ahead: bool = True
 
 
-def settings_for(head_dim: int, crowded: bool = False) -> Settings:
+def settings_for(
+    head_dim: int,
+    crowded: bool = False,
+    sketched: bool = False,
+    float32: bool = False,
+    memory: int = 232448,
+) -> Settings:
     """Settings measured to be good on an H100 or H200.
 
     Args:
-        head_dim: 64, 128 or 256.
+        head_dim: 64, 96, 128 or 256.
         crowded: Whether there are more tiles of 128 query rows than multiprocessors.
+        sketched: Whether keys have a sketch of their residual.
+        float32: Whether queries and raw tokens are float32.
+        memory: Bytes of shared memory that a program may take: those of an H100, or less.
 
     Returns:
         Two programs a multiprocessor where there are so many, of which one computes while the other waits.
     """
-    if head_dim == 64:
-        return Settings(128, 4, 32, 8, 255, 1, True)
+    if float32:
+        # Products as if in float32 take much shared memory: this fits that of every device.
+        return Settings({64: 128, 256: 32}.get(head_dim, 64), 1, 16, 4, 255, 1, ahead=False)
     if head_dim == 256:
-        return Settings(64, 2, 32, 8, 255, 1, True)
+        if memory < _ROOMY:
+            return Settings(64, 1 if sketched else 2, 32, 8, 255, 1, ahead=False)
+        return Settings(128, 1 if sketched else 2, 32, 8, 255, 1, ahead=False)
+    blocks = 4 if head_dim == 64 else 2
     if crowded:
-        return Settings(128, 2, 32, 8, 128, 2, ahead=False)
-    return Settings(128, 2, 32, 8, 255, 1, True)
+        return Settings(128, blocks, 32, 8, 128, 2, ahead=False)
+    return Settings(128, blocks, 32, 8, 255, 1, ahead=not sketched)
 
 
-@launches(lambda query, *_, **__: query)
+_ROOMY = 200 << 10
+
+
+@launches
 def attend(
     query: Tensor,
     reading: Reading,
@@ -98,10 +114,16 @@ def attend(
     rows = query_heads // heads * count
     if query.stride(-1) != 1 or any(stride % 8 for stride in query.stride()[:3]) or query.data_ptr() % 16:
         query = query.contiguous()
-    processors = 1 << 30 if splits else torch.cuda.get_device_properties(query.device).multi_processor_count
-    how = settings or settings_for(dim, batch * heads * -(-rows // 128) > processors)
-    tiles = -(-rows // how.rows)
     keys, values = codes(reading.keys), codes(reading.values)
+    processors = 1 << 30
+    if settings is None or splits is None:
+        device = torch.cuda.get_device_properties(query.device)
+        processors = device.multi_processor_count
+        memory: int = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        crowded = batch * heads * -(-rows // 128) > processors
+        settings = settings or settings_for(dim, crowded, keys.relative, query.dtype == torch.float32, memory)
+    how = settings
+    tiles = -(-rows // how.rows)
     # Before there are codes, outlier channels may not be chosen yet.
     blocks = keys.words[0].shape[2] if reading.coded_end > 0 else 0
     if splits is None:
@@ -130,9 +152,10 @@ def attend(
         reading.raw_keys.shape[2], reading.held, _on_host(before), _on_host(start),
         reading.window if reading.rule == "codes" else _NO_WINDOW, reading.sinks, *_eighths(query),
         *_eighths(out), _head_stride(key_turn), _head_stride(value_turn), scale * _LOG2_E, keys.units[0],
-        values.units[0], (softcap or 0.0) * _LOG2_E, KEYS=_runs(keys), VALUES=_runs(values), ROWS=how.rows,
-        BLOCKS=how.blocks, RAW=how.raw, SOFTCAP=softcap is not None, PRECISION="tf32x3", ASM=assembly,
-        SHARED=how.shared, AHEAD=how.ahead, num_warps=how.warps, maxnreg=how.registers,
+        values.units[0], (softcap or 0.0) * _LOG2_E, KEYS=_runs(keys), SKETCH=keys.relative,
+        VALUES=_runs(values), ROWS=how.rows, BLOCKS=how.blocks, RAW=how.raw, SOFTCAP=softcap is not None,
+        PRECISION="tf32x3", ASM=assembly, SHARED=how.shared, AHEAD=how.ahead, num_warps=how.warps,
+        maxnreg=how.registers,
     )  # fmt: skip
     if sums is None:
         return out
@@ -155,15 +178,17 @@ def turns(half: Half, held: Codes) -> Tensor:
         held: Their codes.
 
     Returns:
-        (1 or G, 2, D, D) float16, x -> x (M_0 + M_1), with the kernel's numbering of rotated coordinates; the
-        second run's are multiplied by what its unit differs.
+        (1 or G, 1, 2, W, W) float16, x -> x (M_0 + M_1), with the kernel's numbering of rotated coordinates,
+        W being the power of two that D is padded to; the second run's are multiplied by what its unit
+        differs.
+        With a sketch (1, 2, 2, W, W), of which the second is that to its basis.
     """
     assert isinstance(half.codec, VectorCodec)  # for mypy: `step.refusal` asks
     found = _turns.setdefault(half.codec, {})
     if half.side not in found:
         own = basis(half.codec)
         dim = half.codec.dim
-        place = torch.arange(dim, device=own.matrix.device)
+        place = torch.arange(own.matrix.shape[1], device=own.matrix.device)
         if half.side == "key":
             place = place // 32 * 32 + place // 4 % 2 * 16 + place // 8 % 4 * 4 + place % 4
         else:
@@ -174,14 +199,17 @@ def turns(half: Half, held: Codes) -> Tensor:
         ])  # fmt: skip
         matrix = (own.matrix * ratio)[:, place][None]
         if own.channels is not None:
-            index = own.channels[..., None].expand(-1, -1, dim)
+            index = own.channels[..., None].expand(-1, -1, matrix.shape[-1])
             matrix = torch.empty_like(matrix.expand(index.shape)).scatter_(
                 1, index, matrix.expand(index.shape)
             )
         if half.side == "value":
             matrix = matrix.mT
         high = matrix.half()
-        found[half.side] = torch.stack([high, (matrix - high.float()).half()], dim=1).contiguous()
+        both = torch.stack([high, (matrix - high.float()).half()], dim=1)
+        apart = both.view(*both.shape[:-1], -1, dim).movedim(-2, 1)
+        void = (1 << (dim - 1).bit_length()) - dim
+        found[half.side] = torch.nn.functional.pad(apart, (0, void, 0, void)).contiguous()
     return found[half.side]
 
 
