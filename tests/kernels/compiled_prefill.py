@@ -25,7 +25,9 @@ def main(keys: str, values: str, capability: int, dim: int, dtype: str, crowded:
         units = [(int(share * dim) // 32, bits) for share, bits, _ in form]
         return *units[0], *(units[1] if len(units) > 1 else (0, 0)), form[-1][2] > 0
 
-    how = settings_for(dim, bool(crowded), keys.endswith("-prod"), dtype == "fp32")
+    # What each kind of device has; the smallest of those that a kind stands for.
+    memory = {80: 166912, 89: 101376, 90: 232448}[capability]
+    how = settings_for(dim, bool(crowded), keys.endswith("-prod"), dtype == "fp32", memory)
     source = source_for(
         dtype, KEYS=runs(keys), VALUES=runs(values), ROWS=how.rows, BLOCKS=how.blocks, RAW=how.raw,
         SKETCH=keys.endswith("-prod"), SHARED=how.shared, AHEAD=how.ahead, SOFTCAP=False,
@@ -36,7 +38,8 @@ def main(keys: str, values: str, capability: int, dim: int, dtype: str, crowded:
     # A thread's share of the codes of keys and values of a step.
     codes = 2 * how.blocks * 32 * dim // (32 * how.warps)
     found = loops(sass, ("HGMMA", "HMMA"))
-    print(json.dumps({"sizes": sizes, "loops": found, "codes": codes, "shared": compiled.metadata.shared}))
+    shared = {"shared": compiled.metadata.shared, "memory": memory}
+    print(json.dumps({"sizes": sizes, "loops": found, "codes": codes, **shared}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+import triton
 from torch import Tensor
 
 from turboquant_kernels.decode.launch import combine
@@ -69,7 +70,8 @@ def settings_for(
     """
     if float32:
         # Products as if in float32 take much shared memory: this fits that of every device.
-        return Settings({64: 128, 256: 32}.get(head_dim, 64), 1, 16, 4, 255, 1, ahead=False)
+        rows, blocks = {64: (128, 2), 256: (32, 1)}.get(head_dim, (64, 1))
+        return Settings(rows, blocks, 16, 4, 255, 1, ahead=False)
     if head_dim == 256:
         if memory < _ROOMY:
             return Settings(64, 1 if sketched else 2, 32, 8, 255, 1, ahead=False)
@@ -123,6 +125,12 @@ def attend(
         crowded = batch * heads * -(-rows // 128) > processors
         settings = settings or settings_for(dim, crowded, keys.relative, query.dtype == torch.float32, memory)
     how = settings
+    if assembly and how.blocks * triton.next_power_of_2(dim // BLOCK) < how.warps:
+        # Lanes would hold codes twice, in an order that the assembly does not expect.
+        raise ValueError(
+            f"{how.warps} warps need as many units of 32 channels of a block in a step; {how.blocks} blocks of "
+            f"{dim} channels have fewer: take more blocks, or fewer warps"
+        )
     tiles = -(-rows // how.rows)
     # Before there are codes, outlier channels may not be chosen yet.
     blocks = keys.words[0].shape[2] if reading.coded_end > 0 else 0
