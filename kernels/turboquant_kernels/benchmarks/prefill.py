@@ -2,11 +2,12 @@
 
     python -m turboquant_kernels.benchmarks.prefill [--sweep] [--seconds S] [--out DIR]
 
-New tokens over a prefix of codes, 32 query heads and 8 key and value heads of 128 channels, beside
+New tokens over a prefix of codes, 32 query heads and 8 key and value heads, of 128 channels and others, whole
+bits and keys with a sketch of their residual, beside
 
     dense          torch's flash attention over keys and values that were never compressed, in bf16
     dense, cudnn   cuDNN's, of every new token over all tokens, as it knows no such mask: a little more work
-    decode first   all codes to bf16 (`turboquant_kernels.dequantize`), then the better of these
+    decode first   all codes to bf16 (`turboquant_kernels.dequantize`), then the better of these (no sketches)
     torch          `decode.reference`, what ran before there was a kernel
 
 Correctness comes first: nothing is timed where an output is off. Launches are replayed from a graph, arms in
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,13 +37,14 @@ from turboquant_kernels.benchmarks.timing import time_in_turn
 from turboquant_kernels.decode import reference
 from turboquant_kernels.dequantize import dequantize
 from turboquant_kernels.packed_kv import PackedKV, Reading, VectorCodec
+from turboquant_kernels.packed_kv.codec import GroupCodec, Sketch
 from turboquant_kernels.packed_kv.store import Half
 from turboquant_kernels.prefill.launch import Settings, attend, settings_for
 
 __all__ = ["Case", "main", "measure"]
 
 TOLERANCE = 1e-3  # of sum p |v|
-HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 128
+HEADS, KV_HEADS, WINDOW = 32, 8, 128
 SHAPES = ((2048, 32768), (512, 32768), (64, 32768), (2048, 8192), (2048, 131072))
 SWEEP = tuple(
     Settings(rows, blocks, 32, warps, registers, programs, ahead=ahead)
@@ -54,11 +57,25 @@ SWEEP = tuple(
 
 @dataclass(frozen=True)
 class Case:
-    """So many new tokens after a prefix, with keys and values of so many bits."""
+    """So many new tokens after a prefix, with keys and values of so many bits; `sketch`: one of a key's."""
 
     new: int
     prefix: int
     bits: int = 4
+    dim: int = 128
+    sketch: bool = False
+
+    def codecs(self) -> tuple[VectorCodec, VectorCodec]:
+        """Of keys and of values."""
+        keys, values = (
+            codec_of(self.dim, (self.dim, bits), seed=seed)
+            for seed, bits in ((1, self.bits - self.sketch), (2, self.bits))
+        )
+        if self.sketch:
+            matrix = torch.randn(self.dim, self.dim, generator=torch.Generator().manual_seed(3))
+            sketch = Sketch(matrix, math.sqrt(math.pi / 2) / self.dim)
+            keys = VectorCodec([GroupCodec(keys.groups[0].rotation, keys.groups[0].coded, sketch)])
+        return keys, values
 
 
 class Layer:
@@ -67,22 +84,25 @@ class Layer:
     def __init__(self, case: Case) -> None:
         source = torch.Generator(device="cuda").manual_seed(0)
         draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16, generator=source)
-        store = PackedKV(*(codec_of(DIM, (DIM, case.bits), seed=s) for s in (1, 2)), window=WINDOW)
+        store = PackedKV(*case.codecs(), window=WINDOW)
+        self.scale = case.dim**-0.5
         for start in range(0, case.prefix, 16384):
             count = min(16384, case.prefix - start)
-            store.update(draw(1, KV_HEADS, count, DIM), draw(1, KV_HEADS, count, DIM))
+            store.update(draw(1, KV_HEADS, count, case.dim), draw(1, KV_HEADS, count, case.dim))
         self.case = case
-        self.query = draw(1, HEADS, case.new, DIM)
-        self.reading = store.update(draw(1, KV_HEADS, case.new, DIM), draw(1, KV_HEADS, case.new, DIM))
-        self.dense = tuple(draw(1, KV_HEADS, case.new + case.prefix, DIM) for _ in range(2))
+        self.query = draw(1, HEADS, case.new, case.dim)
+        self.reading = store.update(
+            draw(1, KV_HEADS, case.new, case.dim), draw(1, KV_HEADS, case.new, case.dim)
+        )
+        self.dense = tuple(draw(1, KV_HEADS, case.new + case.prefix, case.dim) for _ in range(2))
 
     def kernel(self, settings: Settings | None = None) -> Tensor:
         """The kernel."""
-        return attend(self.query, self.reading, scale=DIM**-0.5, settings=settings)
+        return attend(self.query, self.reading, scale=self.scale, settings=settings)
 
     def torch(self) -> Tensor:
         """The reference."""
-        return reference.attend(self.query, self.reading, scale=DIM**-0.5)
+        return reference.attend(self.query, self.reading, scale=self.scale)
 
     def flash(self, keys: Tensor, values: Tensor) -> Tensor:
         """Flash attention under the causal mask."""
@@ -138,13 +158,14 @@ def exact_error(query: Tensor, reading: Reading, found: Tensor, part: slice) -> 
     for head in range(KV_HEADS):
         sides = []
         for half, rows in ((reading.keys, reading.raw_keys), (reading.values, reading.raw_values)):
-            (term,) = half.codec.terms(
+            terms = half.codec.terms(
                 [w[:, :, 0] for w in _codes(half, head)], [s[:, head : head + 1] for s in half.scales]
             )
-            dense = half.codec.restore([term.whole().coefficients[:, :, None]])[0, 0, 0, : len(token)]
+            parts = [term.whole().coefficients[:, :, None] for term in terms]
+            dense = half.codec.restore(parts)[0, 0, 0, : len(token)]
             sides.append(torch.cat([dense.double(), rows[0, head].double()]))
         mine = slice(head * groups, (head + 1) * groups)
-        scores = query[0, mine, part].double() @ sides[0].mT * DIM**-0.5
+        scores = query[0, mine, part].double() @ sides[0].mT * query.shape[-1] ** -0.5
         p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         expected, total = p @ sides[1], p @ sides[1].norm(dim=-1)
         # What rounding the output to its dtype costs is not the kernel's.
@@ -197,7 +218,8 @@ def measure(case: Case, settings: Sequence[Settings] = (), rounds: int = 9) -> d
 
     for name, serve in (("flash", layer.flash), ("cudnn", layer.cudnn)):
         arms[f"dense, {name}"] = [partial(serve, keys, values)]
-        arms[f"decode first, {name}"] = [partial(decode_first, serve)]
+        if not case.sketch:
+            arms[f"decode first, {name}"] = [partial(decode_first, serve)]
     for how in settings:
         arms[str(how)] = [partial(layer.kernel, how)]
     for name in list(arms):
@@ -225,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = False
     cases = [Case(*shape) for shape in SHAPES]
     cases += [Case(2048, 32768, bits) for bits in (3, 2)]
+    cases += [Case(2048, 32768, dim=dim) for dim in (64, 256)]
+    cases += [Case(2048, 32768, dim=dim, sketch=True) for dim in (64, 128, 256)]
     for case in cases:
         if time.monotonic() - began > chosen.seconds:
             print(f"{case} left out: no time left")
@@ -234,26 +258,30 @@ def main(arguments: list[str] | None = None) -> int:
         dense = 2 * layer.dense[0].nbytes / 1e6
         extra = peak(layer.kernel)
         records.append({"case": asdict(case), "error": off, "peak": extra, "dense": dense})
-        head = f"{case.new:5} new over {case.prefix:6}, {case.bits} bits: error {off:.1e}"
+        kind = f"{case.bits} bits, {case.dim} channels{', a sketch' * case.sketch}"
+        head = f"{case.new:5} new over {case.prefix:6}, {kind}: error {off:.1e}"
         if not off <= TOLERANCE:
             wrong = True
             lines.append(head + "  WRONG, not timed")
             print(lines[-1], flush=True)
             continue
-        tried = SWEEP if chosen.sweep and case.new >= 512 and case.prefix == 32768 and case.bits == 4 else ()
+        tried = SWEEP if chosen.sweep and case in (Case(2048, 32768), Case(512, 32768)) else ()
         del layer
         found = measure(case, tried)
         middle = {name: median(times) for name, times in found.items()}
         records.append({"case": asdict(case), "microseconds": found})
         best = min(middle[name] for name in middle if name.startswith("dense"))
-        first = min(middle[name] for name in middle if name.startswith("decode first"))
-        work = 4 * HEADS * DIM * case.new * (case.prefix + case.new / 2)
+        firsts = [middle[name] for name in middle if name.startswith("decode first")]
+        after = ""
+        if firsts:
+            after = f"decode first {min(firsts):.0f} us, {min(firsts) / middle['kernel']:.2f} times as fast; "
+        work = 4 * HEADS * case.dim * case.new * (case.prefix + case.new / 2)
         lines.append(
             f"{head}, {extra:.1f} MB (dense copy {dense:.0f}); kernel {middle['kernel']:.0f} us "
             f"[{min(found['kernel']):.0f}, {max(found['kernel']):.0f}] "
             f"{work / middle['kernel'] / 1e6:.0f} TFLOP/s; "
-            f"dense {best:.0f} us, {best / middle['kernel']:.2f} of its speed; decode first {first:.0f} us, "
-            f"{first / middle['kernel']:.2f} times as fast; torch {middle['torch']:.0f} us"
+            f"dense {best:.0f} us, {best / middle['kernel']:.2f} of its speed; {after}"
+            f"torch {middle['torch']:.0f} us"
         )
         print(lines[-1], flush=True)
         for name in sorted(middle, key=lambda n: middle[n]):
@@ -262,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "prefill.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; chosen: {settings_for(DIM)}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; many rows: {settings_for(128, True)}")
     return 1 if wrong else 0
 
 

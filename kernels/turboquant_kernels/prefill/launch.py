@@ -128,8 +128,8 @@ def attend(
     if assembly and how.blocks * triton.next_power_of_2(dim // BLOCK) < how.warps:
         # Lanes would hold codes twice, in an order that the assembly does not expect.
         raise ValueError(
-            f"{how.warps} warps need as many units of 32 channels of a block in a step; {how.blocks} blocks of "
-            f"{dim} channels have fewer: take more blocks, or fewer warps"
+            f"{how.warps} warps need as many units of 32 channels of a block in a step, and {how.blocks} "
+            f"blocks of {dim} channels have fewer: take more blocks, or fewer warps"
         )
     tiles = -(-rows // how.rows)
     # Before there are codes, outlier channels may not be chosen yet.
