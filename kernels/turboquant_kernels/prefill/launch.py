@@ -66,7 +66,8 @@ def settings_for(
         memory: Bytes of shared memory that a program may take: those of an H100, or less.
 
     Returns:
-        Two programs a multiprocessor where there are so many, of which one computes while the other waits.
+        Two programs a multiprocessor where there are so many and their registers suffice: one computes while
+        the other waits.
     """
     if float32:
         # Products as if in float32 take much shared memory: this fits that of every device.
@@ -75,11 +76,11 @@ def settings_for(
     if head_dim == 256:
         if memory < _ROOMY:
             return Settings(64, 1 if sketched else 2, 32, 8, 255, 1, ahead=False)
-        return Settings(128, 1 if sketched else 2, 32, 8, 255, 1, ahead=False)
+        return Settings(128, 2, 32, 8, 255, 1, ahead=False)
     blocks = 4 if head_dim == 64 else 2
-    if crowded:
+    if crowded and not sketched:
         return Settings(128, blocks, 32, 8, 128, 2, ahead=False)
-    return Settings(128, blocks, 32, 8, 255, 1, ahead=not sketched)
+    return Settings(128, blocks, 32, 8, 255, 1)
 
 
 _ROOMY = 200 << 10
