@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 # (keys, values, compute capability, head_dim, dtype, whether there are many rows): of the loop over codes,
-# instructions a code, softmax and all; the most barriers; the most loads of spilled registers; and what starts
-# or awaits products of a warp group: 2 for each product, but where registers are so few that the assembler waits
-# for each of a product's instructions. Triton 3.9 moves what is split between lanes, 3.6 does not (4 barriers).
+# instructions a code, softmax and all; the most barriers; the most loads of spilled registers; and what
+# starts or awaits products of a warp group: 2 for each product, but where registers are so few that the
+# assembler waits for each of a product's instructions. Triton 3.9 moves what is split between lanes, 3.6
+# does not (4 barriers).
 RECORDED = {
     ("4", "4", 90, 128, "bf16", 0): (8.1, 5, 0, 4),
     ("4", "4", 90, 128, "bf16", 1): (8.4, 5, 18, 4),
