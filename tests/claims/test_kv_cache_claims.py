@@ -86,6 +86,7 @@ def measurements(tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.Monk
     """A session's measurements on a tiny model with random weights."""
     monkeypatch.setattr(models, "load", lambda *_: tiny)
     monkeypatch.setattr(kept, "evaluations", lambda: SMALL)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # every other worker begins at the other end
     folder = tmp_path / "kv_cache"
     folder.mkdir()
     return Measurements(folder)
