@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "has_dependent_launches", "has_triton", "launches"]
+__all__ = ["FLOATS", "has_dependent_launches", "has_triton", "launches", "multiprocessors"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -36,6 +36,13 @@ def has_dependent_launches(device: torch.device) -> bool:
     next one begin: what lies further back is over when it begins.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; of a CPU, on which an interpreter runs kernels, one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launches(

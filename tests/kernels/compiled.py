@@ -48,13 +48,20 @@ def bytes_of_floats(sass: str) -> int:
 
 def loops(sass: str, products: tuple[str, ...] = ("IMMA",)) -> list[Counter[str]]:
     """Instructions by name of each loop that uses the tensor cores: from a backward branch's target to it."""
+    return [body for _, body in placed_loops(sass, products)]
+
+
+def placed_loops(sass: str, products: tuple[str, ...] = ("IMMA",)) -> list[tuple[int, Counter[str]]]:
+    """How many instructions come before each such loop, and those in it."""
     found = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(sass)]
     bodies = []
     for place, name, operands in found:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
-        if target and int(target[1], 16) < place:
-            body = Counter(other for at, other, _ in found if int(target[1], 16) <= at <= place)
-            bodies += [body] if any(body[name] for name in products) else []
+        first = int(target[1], 16) if target else place
+        if first < place:
+            body = Counter(other for at, other, _ in found if first <= at <= place)
+            before = sum(at < first for at, _, _ in found)
+            bodies += [(before, body)] if any(body[name] for name in products) else []
     return bodies
 
 
@@ -161,6 +168,7 @@ def main(
                 "sizes": sizes,
                 "whole": whole,
                 "loops": loops(sass),
+                "before": placed_loops(sass)[0][0],
                 "elements": elements,
                 "error": off,
                 "races": sorted(races),

@@ -14,7 +14,7 @@ from turboquant_kernels.decode.combine import combine_splits
 from turboquant_kernels.decode.portable import attend_splits as attend_splits_plainly
 from turboquant_kernels.decode.step import DIMS
 from turboquant_kernels.decode.unpack import MOST_RUNS, Codes, kernel_runs, table_tensor, tensors_of
-from turboquant_kernels.device import FLOATS, has_dependent_launches
+from turboquant_kernels.device import FLOATS, has_dependent_launches, multiprocessors
 from turboquant_kernels.packed_kv.layout import check_stored, in_register_order
 
 __all__ = ["Kernel", "Settings", "attend_codes", "combine", "settings_for"]
@@ -69,6 +69,7 @@ def settings_for(
     """
     queries = 4 if rows <= 4 else 8 if rows <= 8 else 16
     bits = max(key_bits, value_bits)
+    whole = key_bits % 1 == value_bits % 1 == 0
     # Few blocks are one step of every program: then half the programs have half the overhead.
     short = blocks <= _FEW_BLOCKS
     warps = 4
@@ -89,20 +90,28 @@ def settings_for(
         registers = 168 if bits > 2 and subs == 2 and (short or early) else 128
         if early and not short and registers == 128:
             warps = 8  # half as many programs to begin, to end and to combine
-    elif queries == 8:
+    elif queries == 8 or (
+        head_dim == 128 and ((short and rows <= 32) or bits == 1 or (bits % 1 and not early))
+    ):
+        # More rows are read 8 at a time, from the second level cache but the first time, where that costs
+        # less than so many at once.
+        queries = 8
         subs, registers = (1, 168) if bits > 3 else (2, 168) if bits > 2 else (2, 224)
         if early and bits in (3, 4):
             subs, registers = 2, 255
-    elif head_dim == 128 and (short or bits % 1 or bits == 1):
-        # Reading twice, from the second level cache the second time, costs less than so many rows at once.
-        queries, subs, registers = 8, 1, 168
-        if early and bits in (3, 4):
-            subs, registers = 2, 255  # as of 8 rows: with 168, the early loads spill
+        elif short and (bits % 1 if early else whole and bits == 4):
+            subs, registers = 2, 224
+    elif early and not whole:
+        subs, warps, registers = 1, 8, 255
     else:
-        subs, registers = 1, 255
+        subs = 2 if early and bits in (3, 4) and (not short or rows > 32) else 1
+        registers = 255
     if sketched and queries > 4:
         # A query has twice the coordinates, which registers hold: more rows at once do not fit.
-        queries, subs, registers = 8, 1, 255 if head_dim == 256 else 168
+        queries, warps = 8, 4
+        subs, registers = (2, 224) if kernel == "gluon" and (short or rows > 8) else (1, 168)
+        if head_dim == 256:
+            subs, registers = 1, 255
     if kernel == "triton":
         # The most with which three programs fit a multiprocessor, or two.
         registers = max(registers, 224 if sketched and head_dim == 256 else 168)
@@ -187,7 +196,7 @@ def attend_codes(
         keys.relative,
     )  # fmt: skip
     if splits is None:
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        processors = multiprocessors(query.device)
         groups = -(-rows // how.queries)
         steps = -(-blocks // (how.subs * how.warps))
         splits = max(1, min(processors * how.programs // (batch * heads * groups), steps))
@@ -280,8 +289,12 @@ def combine(
     batch, heads, splits, rows, dim = partial.shape
     dependents = has_dependent_launches(partial.device)
     programs = batch * heads * rows
-    columns = dim if factors is not None else 32 if programs <= 256 else math.gcd(dim, 128)
+    processors = multiprocessors(partial.device)
     power = triton.next_power_of_2(splits)
+    columns = dim if factors is not None else 32
+    # A program a multiprocessor is enough, and up to 2048 numbers are not too many for one.
+    while columns < math.gcd(dim, 128) and programs * dim > columns * processors and columns * power < 2048:
+        columns *= 2
     raw = raw if raw is not None and raw[0].shape[2] else None
     if apart is not None and raw is None:
         apart.zero_()
