@@ -50,6 +50,7 @@ def encode(architecture: int, values: int, *numbers: int) -> Any:
     if len(parts) == 2 or parts[0][2]:
         types |= {"more_words_ptr": "*i32", "more_thresholds_ptr": "*fp32"}
     constants: dict[str, Any] = {"PARTS": parts, "VALUES": bool(values), "PTX": True}
+    constants["STRIDE"] = 1024 if len(parts) == 2 else None
     constants |= dict.fromkeys(n for n in encode_tokens.arg_names if n.endswith("_ptr") and n not in types)
     return compiled(encode_tokens, types, constants, architecture, 1)
 
@@ -156,7 +157,7 @@ def main(architecture: str, what: str, *numbers: str) -> None:
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
     # A lane takes the coordinates of a whole vector, or of half a vector of 256; of parts, each has programs.
     widths = [int(n) for n in (numbers[1::7] if what == "encode" else numbers[:1])]
-    found = {"sizes": sizes, "whole": whole, "elements": sum(min(128, width) for width in widths)}
+    found = {"sizes": sizes, "whole": whole, "elements": 128 if widths == [256] else sum(widths)}
     if what == "encode":
         found["rows_are_lanes"] = rows_are_lanes(kernel.asm["ttgir"])
     print(json.dumps(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from turboquant.cache import vector_codec
 from turboquant.codebook import grid_codebook
+from turboquant.profiles import profile, profile_names
 from turboquant_kernels import device, registers
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, VectorCodec, fused, layout
 
@@ -28,7 +30,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
-        interpret(patch, "hadamard.kernel", "packed_kv.encode", "packed_kv.append", "packed_kv.sketched")
+        names = ("hadamard.kernel", "packed_kv.encode", "packed_kv.append", "packed_kv.sketched")
+        interpret(patch, *names, "benchmarks.parts", "benchmarks.encode")
         yield patch
 
 
@@ -80,6 +83,8 @@ def fill(dim, parts, window, sinks, capacity, dtype, split, kind="mse") -> Packe
         (128, ((32, 4), (96, 3)), 0, 0, 150, torch.float16, "oblivious"),
         (128, ((32, 2), (96, 1)), 0, 0, None, torch.float32, "oblivious"),
         (256, ((64, 3), (192, 2)), 0, 0, None, torch.float32, "oblivious"),
+        (256, ((96, 4), (160, 3)), 0, 0, None, torch.bfloat16, "oblivious"),
+        (256, ((224, 2), (32, 1)), 0, 0, 150, torch.bfloat16, "oblivious"),
         (96, ((96, 4),), 0, 0, None, torch.bfloat16, "oblivious"),
         (96, ((32, 3), (64, 2)), 9, 3, None, torch.float32, "oblivious"),
         (128, ((32, 4), (96, 3)), 0, 2, None, torch.bfloat16, "outlier"),
@@ -143,6 +148,60 @@ def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path
         found = fill(*given)
     pairs = zip(bytes_of(expected), bytes_of(found), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts", "split", "right", "wrong"),
+    [
+        # Folded halves swapped; factors of other units; a unit of the second run in another's place.
+        (256, ((96, 4), (160, 3)), "oblivious", "unit * 2 + row // 16", "unit * 2 + 1 - row // 16"),
+        (256, ((96, 4), (160, 3)), "oblivious", "column // 32 * 32", "column // 32 * 0"),
+        (256, ((96, 4), (160, 3)), "oblivious", "FROM - FIRST, UNITS", "FROM - FIRST + 1, UNITS"),
+        # The second part's channels are the first's.
+        (128, ((32, 4), (96, 3)), "outlier", "order_ptr + PARTS[0][0], more", "order_ptr, more"),
+    ],
+    ids=str,
+)
+def test_a_planted_fault_is_seen(dim, parts, split, right, wrong, interpreted, tmp_path) -> None:
+    given = (dim, parts, 0, 0, None, torch.bfloat16, split)
+    expected = fill(*given)
+    with interpreted.context() as patch:
+        plant(patch, "packed_kv.encode", right, wrong, tmp_path)
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
+        found = fill(*given)
+    pairs = zip(bytes_of(expected), bytes_of(found), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("parts", [((32, 4), (96, 3)), ((64, 3), (64, 2)), ((96, 4),)], ids=str)
+def test_what_encoding_is_compared_with_rotates_each_part(parts, interpreted) -> None:
+    bench = importlib.import_module("turboquant_kernels.benchmarks.encode")
+    dim = sum(width for width, _ in parts)
+    codec = bench.codec_of(dim, *parts) if len(parts) == 1 else bench.with_outliers(*parts, heads=2)
+    x = normal(2, 64, dim, seed=1).bfloat16()
+    found = bench.rotate_alone(x, codec.order, bench.factors_of_parts(codec))
+    for head, tokens in enumerate(x.float()):
+        chosen = tokens if codec.order is None else tokens[:, codec.order[head].long()]
+        for part, group, mine in zip(
+            chosen.split([width for width, _ in parts], -1), codec.groups, found, strict=True
+        ):
+            assert torch.equal(group.rotation.forward(part.contiguous()), mine[head])
+
+
+def test_every_form_that_a_profile_gives_is_timed() -> None:
+    timed = set(importlib.import_module("turboquant_kernels.benchmarks.encode").CASES)
+    forms = set()
+    for name in profile_names():
+        found = profile(name)
+        for dim in (64, 96, 128, 256):
+            for bits in {found.key_bits, found.value_bits} if found.key_kind == "mse" else {found.value_bits}:
+                with contextlib.suppress(ValueError):
+                    parts = found.parts(bits, dim)
+                    codec = vector_codec(dim, parts, seed=0, split=found.split)
+                    codec.fit(normal(1, 1, 4, dim, seed=0), None)
+                    split = found.split if len(parts) > 1 else "oblivious"
+                    forms |= {(parts, split)} if fused._parts(codec, "value") else set()
+    assert forms == {(case.parts, case.split) for case in timed}
 
 
 def test_a_norm_beyond_fp16_is_refused(interpreted) -> None:

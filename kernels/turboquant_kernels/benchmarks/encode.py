@@ -1,6 +1,6 @@
 """How fast do tokens become codes, and codes tokens, on this device, and what does rotating cost?
 
-    python -m turboquant_kernels.benchmarks.encode [--anyway] [--vectors N] [--out DIR]
+    python -m turboquant_kernels.benchmarks.encode [--anyway] [--only WORD ...] [--vectors N] [--out DIR]
 
 Correctness comes first: nothing is timed while a kernel's bytes are not those of the torch reference. Inputs
 rotate among sets that together exceed the cache; launches are replayed from a graph. Bandwidths are of the
@@ -16,18 +16,20 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from turboquant_kernels import dequantize, hadamard
 from turboquant_kernels.benchmarks.decode import LEVELS
+from turboquant_kernels.benchmarks.parts import rotate_alone
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_in_turn, time_launches
 from turboquant_kernels.decode import step
 from turboquant_kernels.dequantize import reference as dense
@@ -40,6 +42,46 @@ __all__ = ["SignedHadamard", "codec_of", "main"]
 CACHE_BYTES = 3e8  # several times the L2 cache
 DIMS = (64, 128, 256)
 BITS = (4, 3, 2)
+SIDES: tuple[Side, Side] = ("key", "value")
+Parts = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A codec that is timed: (channels, bits) of its parts, under one norm and rotation, or one for each."""
+
+    parts: Parts
+    split: Literal["oblivious", "outlier"] = "oblivious"
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        return sum(width for width, _ in self.parts)
+
+    @property
+    def name(self) -> str:
+        """As the table says it."""
+        parts = " + ".join(f"{width} x {bits}" for width, bits in self.parts)
+        return f"d {self.dim:3} {parts} bits" + (", two norms" if self.split == "outlier" else "")
+
+    def codec(self, seed: int = 0) -> VectorCodec:
+        """The codec on the device; where parts have norms, channels were chosen for 64 heads."""
+        if self.split == "oblivious":
+            return codec_of(self.dim, *self.parts, seed=seed).to("cuda")
+        return with_outliers(*self.parts, heads=64, seed=seed).to("cuda")
+
+
+# Every form in which a profile has the kernel encode a head: whole bits, or a bit more for a quarter of the
+# channels (32 of each 128) or for half of them (64).
+CASES = (
+    *(Case(((dim, bits),)) for dim in (64, 96, 128, 256) for bits in (*BITS, 1)),
+    *(Case(((dim // 4, bits + 1), (dim - dim // 4, bits))) for dim in (128, 256) for bits in (3, 2)),
+    *(
+        Case(((part, bits + 1), (dim - part, bits)), "outlier")
+        for dim, part in ((64, 32), (128, 32), (128, 64), (256, 64), (256, 128))
+        for bits in (3, 2)
+    ),
+)
 
 
 class SignedHadamard:
@@ -101,6 +143,20 @@ def codec_of(
     return VectorCodec([GroupCodec(UnseenHadamard(rotation) if by_torch else rotation, runs, sketch)])
 
 
+def with_outliers(*parts: tuple[int, int], heads: int, seed: int = 0) -> VectorCodec:
+    """A codec with a norm and a rotation for each part, of channels that were chosen for each head."""
+    groups = [codec_of(part[0], part, seed=seed + i).groups[0] for i, part in enumerate(parts)]
+    codec = VectorCodec(groups)
+    source = torch.Generator().manual_seed(seed)
+    codec.fit(torch.randn(1, heads, 8, codec.dim, generator=source), None)
+    return codec
+
+
+def factors_of_parts(codec: VectorCodec) -> list[Tensor]:
+    """The rotation of each part."""
+    return [group.rotation.factors for group in codec.groups]  # type: ignore[attr-defined]
+
+
 def factors_of(dim: int, seed: int = 0) -> Tensor:
     """The rotation of such a codec, on the device."""
     rotation = codec_of(dim, (dim, 4), seed=seed).groups[0].rotation
@@ -113,12 +169,12 @@ class Store:
     """Room for the codes of one half."""
 
     words: list[Tensor]
-    norms: Tensor
+    norms: list[Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and norms."""
-        return self.norms.nbytes + sum(words.nbytes for words in self.words)
+        return sum(x.nbytes for x in (*self.words, *self.norms))
 
 
 def room(codec: VectorCodec, batch: int, heads: int, tokens: int, fill: int = -1) -> Store:
@@ -128,7 +184,10 @@ def room(codec: VectorCodec, batch: int, heads: int, tokens: int, fill: int = -1
         torch.full((batch, heads, blocks, width * bits), fill, dtype=torch.int32, device="cuda")
         for width, bits in codec.runs
     ]
-    norms = torch.full((batch, heads, blocks * BLOCK), float("nan"), dtype=torch.float16, device="cuda")
+    norms = [
+        torch.full((batch, heads, blocks * BLOCK), float("nan"), dtype=torch.float16, device="cuda")
+        for _ in codec.groups
+    ]
     return Store(words, norms)
 
 
@@ -136,7 +195,7 @@ def random_store(dim: int, bits: int, heads: int, tokens: int) -> Store:
     """Every bit pattern is a code, so random words are codes."""
     blocks = -(-tokens // BLOCK)
     words = torch.randint(-(2**31), 2**31, (1, heads, blocks, dim * bits), dtype=torch.int32, device="cuda")
-    return Store([words], torch.rand(1, heads, blocks * BLOCK, device="cuda").half())
+    return Store([words], [torch.rand(1, heads, blocks * BLOCK, device="cuda").half()])
 
 
 def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
@@ -146,7 +205,7 @@ def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
         pack(found.view(*found.shape[:2], -1, BLOCK, found.shape[-1]), bits, side)
         for found, (_, bits) in zip(codes, codec.runs, strict=True)
     ]
-    return Store(words, scales[0])
+    return Store(words, list(scales))
 
 
 def wrong_bytes(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
@@ -178,25 +237,36 @@ def appending(dim: int, key_bits: int, value_bits: int, device: str = "cuda") ->
 def checks() -> dict[str, Callable[[], int]]:
     """Cases by name; each returns the number of wrong bytes."""
 
-    def encoding(dim: int, parts: tuple[tuple[int, int], ...], side: Side, dtype: torch.dtype) -> int:
-        codec = codec_of(dim, *parts, seed=len(parts) + dim).to("cuda")
-        x = torch.randn(2, 8, 4096, dim, device="cuda").to(dtype)
+    def encoding(case: Case, side: Side, dtype: torch.dtype) -> int:
+        codec = case.codec(seed=1)
+        x = torch.randn(1, 64, 1024, case.dim, device="cuda").to(dtype)
         x[..., 5] *= 30
         x[0, 0, 7], x[0, 1, 8], x[0, 2, 9, 3] = 0, 1e-13, float("nan")
-        store = room(codec, 2, 8, 4096)
-        fused.encode(codec, x, store.words, [store.norms], 0, 0, side)
+        store = room(codec, 1, 64, 1024)
+        fused.encode(codec, x, store.words, store.norms, 0, 0, side)
         expected = encoded_by_torch(codec, x, side)
-        return wrong_bytes([*store.words, store.norms], [*expected.words, expected.norms])
+        return wrong_bytes([*store.words, *store.norms], [*expected.words, *expected.norms])
+
+    def rotating_parts(case: Case) -> int:
+        codec = case.codec(seed=1)
+        x = torch.randn(64, 1024, case.dim, device="cuda").bfloat16()
+        chosen = x.float()
+        if codec.order is not None:
+            chosen = chosen.gather(-1, codec.order.long()[:, None].expand(chosen.shape))
+        factors = factors_of_parts(codec)
+        pieces = torch.split(chosen, [one.shape[1] for one in factors], dim=-1)
+        expected = [reference.rotate(part, one) for part, one in zip(pieces, factors, strict=True)]
+        return wrong_bytes(rotate_alone(x, codec.order, factors), expected)
 
     def sketching(dim: int, bits: int) -> int:
         codec = sketched_keys(dim, bits).to("cuda")
         x = torch.randn(2, 8, 4096, dim, device="cuda").bfloat16()
         store = room(codec, 2, 8, 4096)
-        lengths = torch.full_like(store.norms, math.nan)
-        fused.encode(codec, x, store.words, [store.norms, lengths], 0, 0, "key")
+        lengths = torch.full_like(store.norms[0], math.nan)
+        fused.encode(codec, x, store.words, [*store.norms, lengths], 0, 0, "key")
         codes, scales = codec.encode(x)
         expected = encoded_by_torch(codec, x, "key")
-        wrong = wrong_bytes([store.words[0], store.norms, lengths], [expected.words[0], *scales])
+        wrong = wrong_bytes([store.words[0], *store.norms, lengths], [expected.words[0], *scales])
         # A sum of products may be rounded otherwise, and is then 0 to within that.
         signs = (unpack(store.words[1], 1, dim, "key").flatten(2, 3) != codes[-1]).sum()
         return wrong + (int(signs) if int(signs) > 1e-5 * x.numel() else 0)
@@ -211,14 +281,14 @@ def checks() -> dict[str, Callable[[], int]]:
         codec = codec_of(dim, (dim, bits)).to("cuda")
         group = codec.groups[0]
         store = random_store(dim, bits, 4, 4096)
-        store.norms[0, 1, 5] = math.inf
+        store.norms[0][0, 1, 5] = math.inf
         levels, factors = [group.coded[0].levels], factors_of(dim)
         wrong = 0
         for chosen in (None, factors):
             found = dequantize.dequantize(
-                store.words, store.norms, levels, side=side, factors=chosen, dtype=dtype
+                store.words, store.norms[0], levels, side=side, factors=chosen, dtype=dtype
             )
-            expected = dense.dequantize(store.words, store.norms, levels, [bits], side, chosen, dtype)
+            expected = dense.dequantize(store.words, store.norms[0], levels, [bits], side, chosen, dtype)
             wrong += wrong_bytes([found.nan_to_num(7.0)], [expected.nan_to_num(7.0)])
         return wrong
 
@@ -226,28 +296,26 @@ def checks() -> dict[str, Callable[[], int]]:
     for dim in DIMS:
         for bits in (4, 3, 2):
             found[f"encode d {dim} bits {bits} one a sketch"] = partial(sketching, dim, bits)
-    sides: tuple[Side, Side] = ("key", "value")
+    for case in CASES:
+        for side in SIDES:
+            found[f"encode {case.name} {side}"] = partial(encoding, case, side, torch.bfloat16)
+        if not hadamard_kernel(case):
+            found[f"rotate parts of {case.name}"] = partial(rotating_parts, case)
     for dim in DIMS:
-        for bits in (4, 3, 2, 1):
-            for side in sides:
-                found[f"encode d {dim} bits {bits} {side}"] = partial(
-                    encoding, dim, ((dim, bits),), side, torch.bfloat16
-                )
         for rows in (1, 33, 20000):
             found[f"rotate d {dim} rows {rows}"] = partial(rotating, dim, rows, False, torch.bfloat16)
             found[f"rotate back d {dim} rows {rows}"] = partial(rotating, dim, rows, True, torch.float32)
         for bits in (4, 3, 2, 1):
-            for side in sides:
+            for side in SIDES:
                 found[f"dequantize d {dim} bits {bits} {side}"] = partial(
                     decoding, dim, bits, side, torch.bfloat16 if bits % 2 else torch.float32
                 )
     for dim, k, v in ((128, 4, 4), (128, 3, 3), (64, 2, 1), (256, 4, 2)):
         found[f"append d {dim} bits {k} and {v}"] = partial(appending, dim, k, v)
-    for side in sides:
-        found[f"encode 32 x 4 + 96 x 3 bits {side}"] = partial(
-            encoding, 128, ((32, 4), (96, 3)), side, torch.float16
-        )
-        found[f"encode float32 {side}"] = partial(encoding, 128, ((128, 4),), side, torch.float32)
+    for side in SIDES:
+        split, whole = Case(((32, 4), (96, 3))), Case(((128, 4),))
+        found[f"encode {split.name} of fp16 {side}"] = partial(encoding, split, side, torch.float16)
+        found[f"encode {whole.name} of float32 {side}"] = partial(encoding, whole, side, torch.float32)
     return found
 
 
@@ -269,65 +337,76 @@ class Row:
     timing: Timing
     nbytes: int
 
-    def text(self, copied: float, reference_time: float | None = None) -> str:
-        """The line, and times of a reference."""
+    def text(self, copied: float, share: Timing | None = None) -> str:
+        """The line, and how many times as long as the rotation it took in the same rounds."""
         t = self.timing
         line = (
             f"{self.what:44} {t.p20:8.1f} {t.p50:8.1f} {t.p80:8.1f} us "
             f"{self.nbytes / t.p50 / 1e3:5.0f} GB/s {self.nbytes / t.p50 * 1e6 / copied:4.0%}"
         )
-        return line if reference_time is None else f"{line}  x {t.p50 / reference_time:.2f} of the rotation"
+        if share is None:
+            return line
+        return f"{line}  x {share.p50:.3f} of the rotation ({share.p20:.3f} .. {share.p80:.3f})"
 
 
-def time_encoding(dim: int, vectors: int) -> tuple[list[Row], float]:
-    """Rotation alone, and encoding, of so many bf16 vectors; also the rotation's time."""
-    heads = 64
-    tokens = vectors // heads
-    sets = 1 + math.ceil(CACHE_BYTES / (2 * vectors * dim))
-    inputs = [torch.randn(1, heads, tokens, dim, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
-    factors = factors_of(dim)
-    rows = []
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bf16")):
-        timing = time_launches([partial(hadamard.rotate, x, factors, dtype=dtype) for x in inputs])
-        size = inputs[0].nbytes + inputs[0].numel() * dtype.itemsize
-        rows.append(Row(f"d {dim:3} rotation alone, writing {name}", timing, size))
-    alone = rows[0].timing.p50
-    sides: tuple[Side, Side] = ("key", "value")
-    cases = [((dim, bits),) for bits in BITS] + ([((32, 4), (96, 3))] if dim == 128 else [])
-    for parts in cases:
-        for side in sides:
-            codec = codec_of(dim, *parts).to("cuda")
-            stores = [room(codec, 1, heads, tokens) for _ in inputs]
-            timing = time_launches(
-                [
-                    partial(fused.encode, codec, x, store.words, [store.norms], 0, 0, side)
-                    for x, store in zip(inputs, stores, strict=True)
-                ]
-            )
-            name = " + ".join(f"{width} x {bits}" for width, bits in parts)
-            rows.append(
-                Row(f"d {dim:3} encode {name} bits, {side}s", timing, inputs[0].nbytes + stores[0].nbytes)
-            )
-    return rows, alone
+def hadamard_kernel(case: Case) -> bool:
+    """Whether one kernel of `hadamard` rotates all channels of a case."""
+    return case.split == "oblivious" and case.dim in DIMS
+
+
+def time_encoding(case: Case, vectors: int) -> tuple[list[Row], dict[str, Timing]]:
+    """Rotation alone, and encoding, of so many bf16 vectors, in turn.
+
+    The rotation reads what encoding reads, chosen channels among it, and writes float32.
+
+    Returns:
+        The rows, and by their names how many times as long as the rotation of the same round each arm took.
+    """
+    tokens = vectors // 64
+    sets = 1 + math.ceil(CACHE_BYTES / (2 * vectors * case.dim))
+    shape = (1, 64, tokens, case.dim)
+    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(sets)]
+    codec = case.codec()
+    factors = factors_of_parts(codec)
+    arms: dict[str, list[Callable[[], object]]] = {}
+    if hadamard_kernel(case):
+        arms["rotation alone"] = [partial(hadamard.rotate, x, factors[0]) for x in inputs]
+    else:
+        arms["rotation alone"] = [partial(rotate_alone, x[0], codec.order, factors) for x in inputs]
+    stores = {side: [room(codec, 1, 64, tokens) for _ in inputs] for side in SIDES}
+    for side in SIDES:
+        arms[f"{side}s"] = [
+            partial(fused.encode, codec, x, store.words, store.norms, 0, 0, side)
+            for x, store in zip(inputs, stores[side], strict=True)
+        ]
+    times = time_in_turn(arms)
+    sizes = dict.fromkeys(arms, inputs[0].nbytes + stores["key"][0].nbytes)
+    sizes["rotation alone"] = 3 * inputs[0].nbytes
+    rows, shares = [], {}
+    for arm, found in times.items():
+        rows.append(Row(f"{case.name}: {arm}", timing_of(found), sizes[arm]))
+        shares[rows[-1].what] = timing_of(
+            [a / b for a, b in zip(found, times["rotation alone"], strict=True)]
+        )
+    return rows, shares
 
 
 def time_reading(dim: int, vectors: int) -> list[Row]:
     """Dequantising so many tokens."""
     heads = 64
     found = []
-    sides: tuple[Side, Side] = ("key", "value")
     for bits in BITS:
         group = codec_of(dim, (dim, bits)).to("cuda").groups[0]
         levels, factors = group.coded[0].levels, factors_of(dim)
         sets = 1 + math.ceil(CACHE_BYTES / (vectors * dim * bits / 8))
         stores = [random_store(dim, bits, heads, vectors // heads) for _ in range(sets)]
         dense_size = 2 * vectors * dim
-        for side in sides:
+        for side in SIDES:
             for chosen, basis in ((None, "rotated"), (factors, "original")):
                 run = partial(
                     dequantize.dequantize, levels=[levels], side=side, factors=chosen, dtype=torch.bfloat16
                 )
-                timing = time_launches([partial(run, s.words, s.norms) for s in stores])
+                timing = time_launches([partial(run, s.words, s.norms[0]) for s in stores])
                 name = f"d {dim:3} dequantize {bits} bits, {side}s, {basis} basis"
                 found.append(Row(name, timing, stores[0].nbytes + dense_size))
     return found
@@ -357,9 +436,9 @@ def time_sketches(dim: int, vectors: int, bits: int = 4) -> list[Row]:
     def launches(codec: VectorCodec) -> list[Callable[[], object]]:
         codec = codec.to("cuda")
         stores = [room(codec, 1, heads, tokens) for _ in inputs]
-        lengths = [[torch.empty_like(s.norms)] if len(codec.runs) > 1 else [] for s in stores]
+        lengths = [[torch.empty_like(s.norms[0])] if len(codec.runs) > 1 else [] for s in stores]
         return [
-            partial(fused.encode, codec, x, store.words, [store.norms, *more], 0, 0, "key")
+            partial(fused.encode, codec, x, store.words, [*store.norms, *more], 0, 0, "key")
             for x, store, more in zip(inputs, stores, lengths, strict=True)
         ]
 
@@ -469,16 +548,35 @@ def time_rotation(rows: int, dim: int = 128) -> Row:
     return Row(f"d {dim:3} rotation of {rows} rows", timing, 3 * x.nbytes)
 
 
+def time_others(vectors: int) -> Iterator[Row]:
+    """Encoding by torch, reading, and what a decoding step adds to attention."""
+    yield time_torch(128, vectors, 4)
+    yield from time_reading(128, vectors)
+    for batch in (1, 64):
+        yield time_append(batch)
+    for dim in DIMS:
+        yield from time_sketches(dim, 1 << 18)
+        yield from time_sketched_append(1, dim)
+    yield from time_sketched_append(64)
+    for batch, tokens in ((1, 8192), (1, 32768), (64, 1024)):
+        yield from time_around(batch, tokens)
+    for count in (8, 32, 512, 2048):
+        yield time_rotation(count)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
     parser.add_argument("--vectors", type=int, default=1 << 20, help="vectors that are encoded")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="encode only what has a word in its name, such as 'd 256'"
+    )
     parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")
     chosen = parser.parse_args(arguments)
     began = time.monotonic()
     torch.manual_seed(0)
-    cases = list(checks())
+    cases = [name for name in checks() if not chosen.only or any(word in name for word in chosen.only)]
     # In processes of their own, because compiling takes longer than everything else.
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         results = dict(zip(cases, pool.map(run_check, cases), strict=True))
@@ -493,33 +591,21 @@ def main(arguments: list[str] | None = None) -> int:
     lines = []
     records: list[dict[str, object]] = []
 
-    def add(row: Row, alone: float | None = None) -> None:
-        lines.append(row.text(copied, alone))
-        records.append(asdict(row) | {"rotation": alone})
+    def add(row: Row, share: Timing | None = None) -> None:
+        lines.append(row.text(copied, share))
+        records.append(asdict(row) | {"of the rotation": None if share is None else asdict(share)})
         print(lines[-1], flush=True)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copied / 1e9:.0f} GB/s")
-    for dim in DIMS:
-        rows, alone = time_encoding(dim, chosen.vectors)
+    for case in CASES:
+        if chosen.only and not any(word in case.name for word in chosen.only):
+            continue
+        rows, shares = time_encoding(case, chosen.vectors)
         for row in rows:
-            add(row, alone)
-    add(time_torch(128, chosen.vectors, 4))
-    for row in time_reading(128, chosen.vectors):
-        add(row)
-    for batch in (1, 64):
-        add(time_append(batch))
-    for dim in DIMS:
-        for row in time_sketches(dim, 1 << 18):
+            add(row, shares[row.what])
+    if not chosen.only:
+        for row in time_others(chosen.vectors):
             add(row)
-        for row in time_sketched_append(1, dim):
-            add(row)
-    for row in time_sketched_append(64):
-        add(row)
-    for batch, tokens in ((1, 8192), (1, 32768), (64, 1024)):
-        for row in time_around(batch, tokens):
-            add(row)
-    for count in (8, 32, 512, 2048):
-        add(time_rotation(count))
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "encode.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -26,6 +26,7 @@ __all__ = [
     "sum_of_squares",
     "sum_of_squares_of_blocks",
     "unit_of",
+    "vector_of",
 ]
 
 # Bit j of number i: whether H_12 has a -1 there.
@@ -71,6 +72,101 @@ def columns(rows, DIM: tl.constexpr, ROWS: tl.constexpr):
     else:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.reshape(tl.permute(tl.join(a, b), [2, 0, 1]), [DIM, ROWS])
+
+
+@triton.jit
+def columns_of(rows, held, FROM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr):
+    """Channels FROM, ... of the rows (ROWS, 1) that are pointed to, as `columns`.
+
+    Rows of bfloat16 come as int32. Folded, of every two units of 32 channels the one that is pointed to. Rows
+    that are not `held`, (ROWS, 1), are zeros.
+    """
+    PER: tl.constexpr = 2 if rows.dtype.element_ty == tl.int32 else 1
+    channel = FROM // PER + tl.arange(0, DIM // PER)
+    if FOLDED:
+        UNIT: tl.constexpr = 32 // PER
+        channel += channel // UNIT * UNIT
+    return columns(tl.load(rows + channel[None, :], mask=held, other=0), DIM, ROWS)
+
+
+@triton.jit
+def chosen_of(rows, order_ptr, held, whole, DIM: tl.constexpr):
+    """Channels in the order at order_ptr (uint8) of the rows (ROWS, 1) that are pointed to, 32 at a time.
+
+    Args:
+        rows: Pointers.
+        order_ptr: To the first of DIM channels.
+        held: (ROWS, 1): other rows are zeros.
+        whole: Whether all are held.
+        DIM: A multiple of 32.
+
+    Returns:
+        (32, ROWS) of each: all are asked for before any is used.
+    """
+    if whole:
+        found = _loaded(rows, order_ptr, None, DIM)
+    else:
+        found = _loaded(rows, order_ptr, tl.trans(held), DIM)
+    return found
+
+
+@triton.jit
+def _loaded(rows, order_ptr, mask, DIM: tl.constexpr):
+    # Lanes over channels, so that they read one row together, not a number each of 32; and no more channels
+    # than lanes, so that `columns` has them change places.
+    found = ()
+    for i in tl.static_range(DIM // 32):
+        channel = tl.load(order_ptr + i * 32 + tl.arange(0, 32)).to(tl.int32)
+        at = tl.trans(rows) + channel[:, None]
+        found = found + ((tl.load(at) if mask is None else tl.load(at, mask=mask, other=0)),)
+    return found
+
+
+@triton.jit
+def columns_of_chosen(found, FROM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Channels FROM, ... of those that `chosen_of` found, as `columns`."""
+    if DIM > 32:
+        a = columns_of_chosen(found, FROM, DIM // 2, ROWS)
+        b = columns_of_chosen(found, FROM + DIM // 2, DIM // 2, ROWS)
+        x = _stacked(a, b, DIM, ROWS)
+    else:
+        x = columns(tl.trans(found[FROM // 32]), DIM, ROWS)
+    return x
+
+
+@triton.jit
+def vector_of(
+    rows, order_ptr, held, whole, WIDTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    FOLDED: tl.constexpr = False,
+):  # fmt: skip
+    """Channels of the rows (ROWS, 1) that are pointed to, as `columns`, or as twelve blocks if M is 12.
+
+    Args:
+        rows: Pointers; to bfloat16 as int32 where channels are in order.
+        order_ptr: To the channels' numbers, uint8, or None: in order.
+        held: (ROWS, 1): other rows are zeros.
+        whole: Whether all are held.
+        WIDTH: M * 2^k.
+        M: 1 or 12.
+        ROWS: A power of two.
+        FOLDED: Whether to take, of every two units of 32 channels, the one that is pointed to; half of WIDTH.
+    """
+    THIRD: tl.constexpr = WIDTH // 3
+    if order_ptr is not None:
+        found = chosen_of(rows, order_ptr, held, whole, WIDTH)
+        if M == 1:
+            x = columns_of_chosen(found, 0, WIDTH, ROWS)
+        else:
+            x = blocks_of(columns_of_chosen(found, 0, THIRD, ROWS), WIDTH // 12, ROWS)
+            x = x + blocks_of(columns_of_chosen(found, THIRD, THIRD, ROWS), WIDTH // 12, ROWS)
+            x = x + blocks_of(columns_of_chosen(found, 2 * THIRD, THIRD, ROWS), WIDTH // 12, ROWS)
+    elif M == 1:
+        x = columns_of(rows, held, 0, WIDTH // 2 if FOLDED else WIDTH, ROWS, FOLDED)
+    else:
+        x = blocks_of(columns_of(rows, held, 0, THIRD, ROWS, False), WIDTH // 12, ROWS)
+        x = x + blocks_of(columns_of(rows, held, THIRD, THIRD, ROWS, False), WIDTH // 12, ROWS)
+        x = x + blocks_of(columns_of(rows, held, 2 * THIRD, THIRD, ROWS, False), WIDTH // 12, ROWS)
+    return x
 
 
 @triton.jit
@@ -150,11 +246,14 @@ def unit_of(blocks, UNIT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
 def rotate_blocks(
     blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
 ):
-    """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order."""
-    for k in tl.static_range(ROUNDS):
+    """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order.
+
+    In a loop: all rounds one after another are more instructions than a multiprocessor's cache holds.
+    """
+    for _ in tl.range(ROUNDS, num_stages=1):
         terms = ()
         for j in tl.static_range(12):
-            factors = tl.load(factors_ptr + (k * 12 + j) * SIZE + tl.arange(0, SIZE))
+            factors = tl.load(factors_ptr + j * SIZE + tl.arange(0, SIZE))
             terms = terms + (butterflies(blocks[j] * factors[:, None], SIZE, LOG, ROWS),)
         blocks = ()
         for i in tl.static_range(12):
@@ -162,6 +261,7 @@ def rotate_blocks(
             for j in tl.static_range(1, 12):
                 total = total - terms[j] if (_NEGATIVE[i] >> j) & 1 else total + terms[j]
             blocks = blocks + (total,)
+        factors_ptr += 12 * SIZE
     return blocks
 
 
@@ -185,16 +285,29 @@ def inverse_blocks(
 
 
 @triton.jit
+def _half(x, WHICH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """One half of columns (SIZE, ROWS), as a sum with zeros, for the reason that `sum_of_squares` has."""
+    y = tl.reshape(x, [2, SIZE // 2, ROWS])
+    return tl.sum(tl.where(tl.arange(0, 2)[:, None, None] == WHICH, y, 0.0), 0)
+
+
+@triton.jit
+def _four_squares(blocks, FIRST: tl.constexpr):
+    """Sums of the squares of blocks FIRST, FIRST + 6, + 3 and + 9, in the order of halving."""
+    a, b, c, d = blocks[FIRST], blocks[FIRST + 3], blocks[FIRST + 6], blocks[FIRST + 9]
+    return (a * a + c * c) + (b * b + d * d)
+
+
+@triton.jit
 def sum_of_squares_of_blocks(blocks, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
     """As `sum_of_squares`, of twelve blocks: in halves, until of three the last is added first."""
-    y = ()
-    for i in tl.static_range(6):
-        y = y + (blocks[i] * blocks[i] + blocks[i + 6] * blocks[i + 6],)
-    a, b, c = y[0] + y[3], y[1] + y[4], y[2] + y[5]
+    a = _four_squares(blocks, 0)
+    b = _four_squares(blocks, 1)
+    c = _four_squares(blocks, 2)
     for k in tl.static_range(LOG):
-        a0, a1 = _halves(a, SIZE >> k, ROWS)
-        b0, b1 = _halves(b, SIZE >> k, ROWS)
-        c0, c1 = _halves(c, SIZE >> k, ROWS)
+        a0, a1 = _half(a, 0, SIZE >> k, ROWS), _half(a, 1, SIZE >> k, ROWS)
+        b0, b1 = _half(b, 0, SIZE >> k, ROWS), _half(b, 1, SIZE >> k, ROWS)
+        c0, c1 = _half(c, 0, SIZE >> k, ROWS), _half(c, 1, SIZE >> k, ROWS)
         a, b, c = a0 + b1, a1 + c0, b0 + c1
     return tl.reshape((a + c) + b, [ROWS])
 

@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 
 from turboquant_kernels.hadamard.kernel import (
-    blocks_of,
     butterflies,
-    columns,
     rotate_blocks,
     rotate_tile,
     sum_of_squares,
     sum_of_squares_of_blocks,
     unit_of,
+    vector_of,
 )
 
 __all__ = ["encode_tokens"]
@@ -153,20 +152,17 @@ def _exchange_of_keys() -> str:
 
 
 def _between_halves(instruction: str, operands: int) -> str:
-    """PTX of an instruction on eight folded coordinates, whose last operand is the other half's.
-
-    A barrier of the warp keeps the compiler from fetching all others at once, for which it lacks registers.
-    """
+    """PTX of an instruction on eight folded coordinates, whose last operand is the other half's."""
     lines = []
     for i in range(8):
         inputs = "".join(f"${8 * k + 8 + i}, " for k in range(operands))
         lines += [f"shfl.sync.bfly.b32 b, ${8 + i}, 16, 0x1f, 0xffffffff;", f"{instruction} ${i}, {inputs}b;"]
-    return "{ .reg .f32 b; " + " ".join(lines) + " bar.warp.sync 0xffffffff; }"
+    return "{ .reg .f32 b; " + " ".join(lines) + " }"
 
 
 _SUM_OF_HALVES = tl.constexpr(_between_halves("add.rn.f32", 1))
 # a + b where the second operand is 1, and b - a where it is -1: that product is exact.
-_LAST_BUTTERFLY = tl.constexpr(_between_halves("fma.rn.f32", 2))
+_BETWEEN_HALVES = tl.constexpr(_between_halves("fma.rn.f32", 2))
 _OF_EIGHT, _OF_EIGHT_PAIRS = (tl.constexpr(",".join(["=&f"] * 8 + ["f"] * n)) for n in (8, 16))
 _EXCHANGE_OF_KEYS = tl.constexpr(_exchange_of_keys())
 _EXCHANGE_1, _EXCHANGE_2, _EXCHANGE_3 = (
@@ -471,7 +467,7 @@ def _store_words(
     """Write words K, K + 1, ... of each unit from FIRST on, (32, units, words), of a run of TOTAL words.
 
     With more words than a unit has, those of the next follow; those of no unit of the run are left out. Rows
-    are those of `_encode_part`.
+    are those of `_encode_part`: folded, units of a row are every second one.
     """
     UNITS: tl.constexpr = words.shape[1]
     COUNT: tl.constexpr = words.shape[2]
@@ -479,9 +475,10 @@ def _store_words(
     token = sub * 16 + row % 16 if FOLDED else row
     lane = _lane_of_values(token) if VALUES else token
     k = K + tl.arange(0, COUNT)[None, None, :]
-    word = tl.arange(0, UNITS)[None, :, None] * max(COUNT, BITS) + FIRST * BITS + k
+    unit = tl.arange(0, UNITS)[None, :, None]
     if FOLDED:
-        word += row // 16 * (4 * BITS)
+        unit = unit * 2 + row // 16
+    word = unit * max(COUNT, BITS) + FIRST * BITS + k
     FOURS: tl.constexpr = TOTAL // 4
     in_fours = word // 4 * 128 + lane * 4 + word % 4
     if TOTAL % 4 == 0:
@@ -509,6 +506,7 @@ def _encode_run(
 ):  # fmt: skip
     """Write codes of z, (UNITS * 32, 32 rows), units FIRST, ... of a run of RUN units at words_ptr.
 
+    Folded rows hold FIRST and every second one, and their second halves the others.
     Tokens that are not `usual` (32,) get the codes of zero; of those outside low .. high - 1 nothing changes.
     """
     if VALUES:
@@ -544,12 +542,12 @@ def _encode_run(
         _store_words(word2[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 2, BITS, VALUES, FOLDED)
     elif BITS == 2:
         words = tl.join(word0, word1)
-        if UNITS % 2 == 0 and FIRST % 2 == 0:
+        if UNITS % 2 == 0 and FIRST % 2 == 0 and not FOLDED:
             words = tl.reshape(words, [32, UNITS // 2, 4])  # four words of a lane lie together
         _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
     else:
         words = word0[:, :, None]
-        if UNITS % 4 == 0 and FIRST % 4 == 0:
+        if UNITS % 4 == 0 and FIRST % 4 == 0 and not FOLDED:
             words = tl.reshape(word0, [32, UNITS // 4, 4])
         _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
 
@@ -562,11 +560,11 @@ def _encode_units(
 ):  # fmt: skip
     """Write codes of units FROM .. FROM + UNITS - 1 of ALL, of which the FIRST ones are the first run.
 
-    Of folded rows, those of the second half are four units further on.
+    Of folded rows, UNITS are pairs of units, of which each half holds one.
     """
-    LAST: tl.constexpr = FROM + UNITS + (4 if FOLDED else 0)
-    # Where halves of folded rows are of different runs, both quantise all; what is not theirs is left out.
-    APART: tl.constexpr = FOLDED and FROM + UNITS <= FIRST and FIRST <= FROM + 4
+    LAST: tl.constexpr = FROM + UNITS * (2 if FOLDED else 1)
+    # A pair of both runs is quantised for both; what is not theirs is left out.
+    APART: tl.constexpr = FOLDED and UNITS == 1 and FIRST == FROM + 1
     if LAST <= FIRST or APART:
         _encode_run(
             z, words_ptr, thresholds_ptr, usual, low, high, sub, FROM, UNITS, FIRST, BITS, VALUES, FOLDED, PTX
@@ -585,7 +583,7 @@ def _encode_units(
         )  # fmt: skip
         _encode_units(
             b, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub,
-            FROM + HALF, HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
+            (FROM + LAST) // 2, HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
         )  # fmt: skip
 
 
@@ -613,23 +611,23 @@ def _encode_part(
     row = tl.arange(0, 32)
     token = sub * 16 + row % 16 if FOLDED else row
     fresh = (token >= low) & (token < high)
+    held, whole = fresh[:, None], (low == 0) & (high == 32)
     x_ptr += token[:, None] * token_stride
     if FOLDED:
-        x_ptr += (row // 16 * (64 if x_ptr.dtype.element_ty == tl.int32 else 128))[:, None]
-        x = _columns(x_ptr, order_ptr, fresh[:, None], 0, 128)
-        total = sum_of_squares(_with_other_half(x * x, PTX), 128, 7, 32, SQUARES=True)
+        x_ptr += (row // 16 * (16 if x_ptr.dtype.element_ty == tl.int32 else 32))[:, None]
+    x = vector_of(x_ptr, order_ptr, held, whole, WIDTH, M, 32, FOLDED)
+    if FOLDED:
+        squares = tl.sum(tl.reshape(x * x, [2, 64, 32]), 0)
+        squares = _with_other_half(tl.sum(tl.reshape(squares, [2, 32, 32]), 0), PTX)
+        total = sum_of_squares(squares, 32, 5, 32, SQUARES=True)
         z = _rotate_folded(x, factors_ptr, ROUNDS, PTX)
     elif M == 1:
-        x = _columns(x_ptr, order_ptr, fresh[:, None], 0, WIDTH)
         total = sum_of_squares(x, WIDTH, LOG, 32)
         z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS)
     else:
         SIZE: tl.constexpr = WIDTH // M
-        z = blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 0, 4 * SIZE), SIZE, 32)
-        z = z + blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 1, 4 * SIZE), SIZE, 32)
-        z = z + blocks_of(_columns(x_ptr, order_ptr, fresh[:, None], 2, 4 * SIZE), SIZE, 32)
-        total = sum_of_squares_of_blocks(z, SIZE, LOG, 32)
-        z = rotate_blocks(z, factors_ptr, SIZE, LOG, 32, ROUNDS)
+        total = sum_of_squares_of_blocks(x, SIZE, LOG, 32)
+        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS)
     norm = tl.sqrt_rn(total)
     half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
     half = tl.where(half < float("inf"), half, float("nan"))
@@ -658,39 +656,32 @@ def _encode_part(
 
 @triton.jit
 def _with_other_half(x, PTX: tl.constexpr):
-    """Folded columns (128, 32 rows) plus those of their tokens' other halves."""
+    """Folded columns (n, 32 rows) plus those of their tokens' other halves."""
     if PTX:
         return tl.inline_asm_elementwise(_SUM_OF_HALVES, _OF_EIGHT, [x], tl.float32, False, 8)
-    y = tl.reshape(x, [128, 2, 16])
+    y = tl.reshape(x, [x.shape[0], 2, 16])
     a, b = tl.split(tl.permute(y, [0, 2, 1]))
-    return tl.reshape(tl.permute(tl.join(a + b, a + b), [0, 2, 1]), [128, 32])
+    return tl.reshape(tl.permute(tl.join(a + b, a + b), [0, 2, 1]), x.shape)
 
 
 @triton.jit
 def _rotate_folded(x, factors_ptr, ROUNDS: tl.constexpr, PTX: tl.constexpr):
-    """As `rotate_tile`, of folded columns: the last butterfly is between halves."""
-    second = (tl.arange(0, 32) >= 16)[None, :]
-    sign = tl.where(second, -1.0, 1.0)
-    for k in tl.static_range(ROUNDS):
-        at = factors_ptr + k * 256 + tl.arange(0, 128)
-        x = x * tl.where(second, tl.load(at + 128)[:, None], tl.load(at)[:, None])
-        x = butterflies(x, 128, 7, 32)
+    """As `rotate_tile`, of folded columns: the butterflies of stride 32 are between halves."""
+    sign = tl.where(tl.arange(0, 32) >= 16, -1.0, 1.0)[None, :]
+    column = tl.arange(0, 128)[:, None]
+    at = factors_ptr + column + column // 32 * 32 + tl.arange(0, 2)[None, :] * 32
+    for _ in tl.range(ROUNDS, num_stages=1):
+        factors = tl.load(at)
+        x = x * tl.reshape(tl.broadcast_to(factors[:, :, None], [128, 2, 16]), [128, 32])
+        x = butterflies(x, 128, 5, 32)
         if PTX:
-            x = tl.inline_asm_elementwise(_LAST_BUTTERFLY, _OF_EIGHT_PAIRS, [x, sign], tl.float32, False, 8)
+            x = tl.inline_asm_elementwise(_BETWEEN_HALVES, _OF_EIGHT_PAIRS, [x, sign], tl.float32, False, 8)
         else:
             a, b = tl.split(tl.permute(tl.reshape(x, [128, 2, 16]), [0, 2, 1]))
             x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [128, 32])
+        x = tl.reshape(butterflies(tl.reshape(x, [4, 1024]), 4, 2, 1024), [128, 32])
+        at += 256
     return x
-
-
-@triton.jit
-def _columns(x_ptr, order_ptr, fresh, PIECE: tl.constexpr, WIDTH: tl.constexpr):
-    """Channels PIECE * WIDTH, ... of the tokens whose rows (32, 1) are at x_ptr, as `columns`."""
-    LOADS: tl.constexpr = WIDTH // 2 if x_ptr.dtype.element_ty == tl.int32 else WIDTH
-    channel = PIECE * LOADS + tl.arange(0, LOADS)
-    if order_ptr is not None:
-        channel = tl.load(order_ptr + channel).to(tl.int32)
-    return columns(tl.load(x_ptr + channel[None, :], mask=fresh, other=0), WIDTH, 32)
 
 
 @triton.jit(do_not_specialize=["start", "encoded", "count", "blocks", "heads", "touched"])
@@ -698,13 +689,14 @@ def encode_tokens(
     x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, factors_ptr, more_factors_ptr,
     thresholds_ptr, more_thresholds_ptr, start_ptr, encoded_ptr, start, encoded, count, blocks, heads,
     touched, row_stride, head_stride, token_stride,
-    PARTS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    PARTS: tl.constexpr, VALUES: tl.constexpr, STRIDE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Encode tokens start .. start + count - 1 of all heads, but none below `encoded`.
 
     Program ((batch * heads + head) * touched + number of the block among those touched) * pieces + piece: the
-    channels of a head that share a norm are a part, or two. A piece is a part, or, of 256 channels, half of
-    the tokens.
+    channels of a head that share a norm are a part, or two, which a program takes one after another, so that
+    all run the same instructions at about the same time. Of 256 channels under one norm, a piece is half of
+    the tokens; else all is one.
 
     Args:
         x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 in
@@ -732,9 +724,11 @@ def encode_tokens(
         PARTS: (width, bits, bits of a second run or 0, units of the first run, m, log2(width / m), rounds)
             of each part, as `fused` makes them; m is 1 or 12.
         VALUES: Whether words are laid out as values are.
+        STRIDE: What token_stride is, where channels are chosen: their addresses are constants then. None: not
+            known.
         PTX: Whether to quantise by instructions of the device, which the interpreter does not know.
     """
-    PIECES: tl.constexpr = 2 if PARTS[0][0] == 256 else len(PARTS)
+    PIECES: tl.constexpr = 2 if PARTS[0][0] == 256 else 1
     program, sub = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
     head = (program // touched).to(tl.int64)
     if start_ptr is not None:
@@ -745,6 +739,8 @@ def encode_tokens(
     # The tokens of this block that are written; none where numbers are negative, or beyond the room.
     low = tl.maximum(tl.maximum(start, encoded) - block * 32, 0).to(tl.int32)
     high = tl.minimum(tl.minimum(start + count, blocks * 32) - block * 32, 32).to(tl.int32)
+    if STRIDE is not None:
+        token_stride = STRIDE
     before = (block * 32 - start).to(tl.int64) * token_stride
     x_ptr += head // heads * row_stride + head % heads * head_stride + before
     place = head * blocks + block
@@ -756,15 +752,13 @@ def encode_tokens(
         )  # fmt: skip
     else:
         order_ptr += head % heads * (PARTS[0][0] + PARTS[1][0])
-        if sub == 0:
-            _encode_part(
-                x_ptr, order_ptr, words_ptr, None, norms_ptr, factors_ptr, thresholds_ptr, None, place, low,
-                high, sub, token_stride, PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5],
-                PARTS[0][6], VALUES, PTX,
-            )  # fmt: skip
-        else:
-            _encode_part(
-                x_ptr, order_ptr + PARTS[0][0], more_words_ptr, None, more_norms_ptr, more_factors_ptr,
-                more_thresholds_ptr, None, place, low, high, sub, token_stride, PARTS[1][0], PARTS[1][1], 0,
-                PARTS[1][3], PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES, PTX,
-            )  # fmt: skip
+        _encode_part(
+            x_ptr, order_ptr, words_ptr, None, norms_ptr, factors_ptr, thresholds_ptr, None, place, low,
+            high, sub, token_stride, PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5],
+            PARTS[0][6], VALUES, PTX,
+        )  # fmt: skip
+        _encode_part(
+            x_ptr, order_ptr + PARTS[0][0], more_words_ptr, None, more_norms_ptr, more_factors_ptr,
+            more_thresholds_ptr, None, place, low, high, sub, token_stride, PARTS[1][0], PARTS[1][1], 0,
+            PARTS[1][3], PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES, PTX,
+        )  # fmt: skip

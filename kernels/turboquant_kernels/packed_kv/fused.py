@@ -166,10 +166,11 @@ def encode(
     touched = (count + BLOCK - 2) // BLOCK + 1
     if isinstance(start, int):
         touched = -(-(start + count) // BLOCK) - start // BLOCK
-    pieces = 2 if parts[0][0] == 256 else len(parts)
+    pieces = 2 if parts[0][0] == 256 else 1
     encode_tokens[(batch * heads * touched * pieces,)](
         x, codec.order, *pairs, *lengths, *numbers, count, words[0].shape[2], heads, touched, *x.stride()[:3],
-        PARTS=parts, VALUES=side == "value", PTX=x.is_cuda, num_warps=1, enable_fp_fusion=False,
+        PARTS=parts, VALUES=side == "value", STRIDE=None if codec.order is None else x.stride(2),
+        PTX=x.is_cuda, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     if group.sketch is not None:
         from turboquant_kernels.packed_kv.sketched import BLOCKS, sketch_tokens
