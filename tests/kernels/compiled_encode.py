@@ -155,7 +155,7 @@ def main(architecture: str, what: str, *numbers: str) -> None:
     kernel = kinds[what](int(architecture), *map(int, numbers))
     sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
-    # A lane takes the coordinates of a whole vector, or of half a vector of 256; of parts, each has programs.
+    # A lane takes the coordinates of a whole vector, part after part, or of half a vector of 256.
     widths = [int(n) for n in (numbers[1::7] if what == "encode" else numbers[:1])]
     found = {"sizes": sizes, "whole": whole, "elements": 128 if widths == [256] else sum(widths)}
     if what == "encode":

@@ -63,7 +63,7 @@ def _rotate_part(
         tl.store(out_ptr + tl.arange(0, WIDTH)[None, :], tl.trans(z))
     else:
         SIZE: tl.constexpr = WIDTH // M
-        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS)
+        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS, LOOP=True)
         for unit in tl.static_range(WIDTH // 32):
             at = out_ptr + (unit * 32 + tl.arange(0, 32))[None, :]
             tl.store(at, tl.trans(unit_of(z, unit, SIZE, 32)))

@@ -244,24 +244,36 @@ def unit_of(blocks, UNIT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def rotate_blocks(
-    blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
-):
+    blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr,
+    LOOP: tl.constexpr = False,
+):  # fmt: skip
     """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order.
 
-    In a loop: all rounds one after another are more instructions than a multiprocessor's cache holds.
+    With LOOP, rounds are a loop: one after another they are more instructions than a multiprocessor's cache
+    holds beside others, but then factors are asked for a round at a time.
     """
-    for _ in tl.range(ROUNDS, num_stages=1):
-        terms = ()
-        for j in tl.static_range(12):
-            factors = tl.load(factors_ptr + j * SIZE + tl.arange(0, SIZE))
-            terms = terms + (butterflies(blocks[j] * factors[:, None], SIZE, LOG, ROWS),)
-        blocks = ()
-        for i in tl.static_range(12):
-            total = -terms[0] if _NEGATIVE[i] & 1 else terms[0]
-            for j in tl.static_range(1, 12):
-                total = total - terms[j] if (_NEGATIVE[i] >> j) & 1 else total + terms[j]
-            blocks = blocks + (total,)
-        factors_ptr += 12 * SIZE
+    if LOOP:
+        for _ in tl.range(ROUNDS, num_stages=1):
+            blocks = _round_of_blocks(blocks, factors_ptr, SIZE, LOG, ROWS)
+            factors_ptr += 12 * SIZE
+    else:
+        for k in tl.static_range(ROUNDS):
+            blocks = _round_of_blocks(blocks, factors_ptr + k * 12 * SIZE, SIZE, LOG, ROWS)
+    return blocks
+
+
+@triton.jit
+def _round_of_blocks(blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
+    terms = ()
+    for j in tl.static_range(12):
+        factors = tl.load(factors_ptr + j * SIZE + tl.arange(0, SIZE))
+        terms = terms + (butterflies(blocks[j] * factors[:, None], SIZE, LOG, ROWS),)
+    blocks = ()
+    for i in tl.static_range(12):
+        total = -terms[0] if _NEGATIVE[i] & 1 else terms[0]
+        for j in tl.static_range(1, 12):
+            total = total - terms[j] if (_NEGATIVE[i] >> j) & 1 else total + terms[j]
+        blocks = blocks + (total,)
     return blocks
 
 

@@ -627,7 +627,7 @@ def _encode_part(
     else:
         SIZE: tl.constexpr = WIDTH // M
         total = sum_of_squares_of_blocks(x, SIZE, LOG, 32)
-        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS)
+        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS, LOOP=True)
     norm = tl.sqrt_rn(total)
     half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
     half = tl.where(half < float("inf"), half, float("nan"))
