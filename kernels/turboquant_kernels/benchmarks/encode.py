@@ -299,7 +299,7 @@ def checks() -> dict[str, Callable[[], int]]:
     for case in CASES:
         for side in SIDES:
             found[f"encode {case.name} {side}"] = partial(encoding, case, side, torch.bfloat16)
-        if not hadamard_kernel(case):
+        if case.split == "outlier":
             found[f"rotate parts of {case.name}"] = partial(rotating_parts, case)
     for dim in DIMS:
         for rows in (1, 33, 20000):
@@ -349,11 +349,6 @@ class Row:
         return f"{line}  x {share.p50:.3f} of the rotation ({share.p20:.3f} .. {share.p80:.3f})"
 
 
-def hadamard_kernel(case: Case) -> bool:
-    """Whether one kernel of `hadamard` rotates all channels of a case."""
-    return case.split == "oblivious" and case.dim in DIMS
-
-
 def time_encoding(case: Case, vectors: int) -> tuple[list[Row], dict[str, Timing]]:
     """Rotation alone, and encoding, of so many bf16 vectors, in turn.
 
@@ -369,7 +364,7 @@ def time_encoding(case: Case, vectors: int) -> tuple[list[Row], dict[str, Timing
     codec = case.codec()
     factors = factors_of_parts(codec)
     arms: dict[str, list[Callable[[], object]]] = {}
-    if hadamard_kernel(case):
+    if case.split == "oblivious":
         arms["rotation alone"] = [partial(hadamard.rotate, x, factors[0]) for x in inputs]
     else:
         arms["rotation alone"] = [partial(rotate_alone, x[0], codec.order, factors) for x in inputs]

@@ -1,8 +1,8 @@
 """What do the rotations of a codec's parts take, where that is all that is done? In plain Triton.
 
-The base that encoding is compared with where no kernel of `hadamard` rotates all channels at once: channels
-that are chosen for each head, of which every part is rotated by itself, and widths of 12 * 2^k. It reads and
-rotates as encoding does, a lane a vector, and writes float32.
+The base that encoding is compared with where channels are chosen for each head and every part of them is
+rotated by itself, which no kernel of `hadamard` does. It reads and rotates as encoding does, a lane a vector,
+and writes float32.
 """
 
 from __future__ import annotations
