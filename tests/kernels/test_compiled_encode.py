@@ -15,9 +15,9 @@ from interpreted import NEEDS_TRITON
 
 pytestmark = NEEDS_TRITON
 
-# Instructions a coordinate, within 10 %, of those 21 additions and 3 products of the rotation's own (8 and 1 at
-# 256 and 14 and 1 at 96, where its rounds are a loop), and tails of blocks, which are seldom run; of a sketch,
-# 32 of its signs.
+# Instructions a coordinate, within 10 %, of those 21 additions and 3 products of the rotation's own
+# (8 and 1 at 256, 14 and 1 at 96, where its rounds are a loop), and tails of blocks, which are seldom run;
+# of a sketch, 32 of its signs.
 WHOLE = (128, 4, 0, 4, 1, 7, 3)
 OUTLIERS = (1, 32, 4, 0, 1, 1, 5, 3, 96, 3, 0, 3, 12, 3, 3)
 OUTLIERS_OF_256 = (1, 64, 4, 0, 2, 1, 6, 3, 192, 3, 0, 6, 12, 4, 3)
