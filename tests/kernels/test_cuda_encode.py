@@ -52,9 +52,12 @@ def test_rotations_have_the_cpus_bytes(rows, dim, dtype) -> None:
         (128, ((32, 3), (96, 2)), torch.float32, "oblivious"),
         (256, ((64, 2), (192, 1)), torch.bfloat16, "oblivious"),
         (256, ((192, 4), (64, 3)), torch.float16, "oblivious"),
+        (256, ((96, 4), (160, 3)), torch.bfloat16, "oblivious"),
         (128, ((32, 4), (96, 3)), torch.bfloat16, "outlier"),
         (128, ((64, 3), (64, 2)), torch.float32, "outlier"),
         (256, ((64, 3), (192, 2)), torch.bfloat16, "outlier"),
+        (256, ((128, 3), (128, 2)), torch.bfloat16, "outlier"),
+        (64, ((32, 4), (32, 3)), torch.float16, "outlier"),
     ],
     ids=str,
 )
