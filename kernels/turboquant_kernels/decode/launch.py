@@ -104,7 +104,8 @@ def settings_for(
     elif early and not whole:
         subs, warps, registers = 1, 8, 255
     else:
-        subs = 2 if early and bits in (3, 4) and (not short or rows > 32) else 1
+        # Two blocks of fewer bits, on either side, do not fit the registers with every compiler.
+        subs = 2 if early and key_bits == value_bits == 4 and (not short or rows > 32) else 1
         registers = 255
     if sketched and queries > 4:
         # A query has twice the coordinates, which registers hold: more rows at once do not fit.
