@@ -6,24 +6,25 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from turboquant.evals import attention_speed, decode_step
+from turboquant.evals import attention_speed, decode_step, encode_speed
 from turboquant_claims import random_models
-from turboquant_claims.evidence import Record
+from turboquant_claims.evidence import EvidenceError, Record
 from turboquant_claims.ledger import Cell, load
 from turboquant_claims.speed import test_kernels, test_quantizing, test_steps
 from turboquant_claims.verdicts import judge
 
 LEDGER = load()
 CHECKED = {
-    "readme-attention-speed", "readme-step-speed", "readme-step-profiles", "readme-step-unmasked",
-    "readme-step-memory",
+    "readme-attention-speed", "readme-attention-shapes", "readme-attention-between", "readme-attention-error",
+    "readme-encode-speed", "readme-append-speed",
+    "readme-step-speed", "readme-step-profiles", "readme-step-unmasked", "readme-step-memory",
     "google-blog-faster-runtime", "back2matching-2x-at-long-context", "vllm-blog-throughput-of-codes",
     "google-blog-8x-logits", "vllm-blog-latency-of-codes", "vllm-nixl-7x-slower",
     "seed-taleef7-throughput-of-codes", "seed-true-or-false-throughput-of-codes",
@@ -52,7 +53,7 @@ def test_each_needs_a_gpu(claim_id: str) -> None:
 class Codes:
     nbytes: int
 
-    def attend(self, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, **seen: int) -> torch.Tensor:
         return query
 
     def score(self, query: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -66,6 +67,7 @@ class Shape:
     rows: int
     tokens: int
     dim: int = 128
+    new: int = 1
 
 
 class Bench(SimpleNamespace):
@@ -79,10 +81,15 @@ class Bench(SimpleNamespace):
         super().__init__(times=times, off=error, rivals=rivals)
 
     def random_packed(self, shape: Any, keys: str, values: str, kernel: str) -> Codes:
-        return Codes(shape.batch * shape.heads * shape.tokens * (16 * int(keys) + 16 * int(values) + 4))
+        bits = sum(float(form.removesuffix("-oblivious")) for form in (keys, values))
+        return Codes(int(shape.batch * shape.heads * shape.tokens * (shape.dim * bits / 8 + 4)))
 
-    def error(self, packed: Codes, query: torch.Tensor) -> float:
+    def error(self, packed: Codes, query: torch.Tensor, *, queries: int, length: int, moving: int) -> float:
+        assert queries == 1 + 3 * moving
         return self.off
+
+    def checks(self, quick: bool, kernel: str) -> dict[str, Callable[[], float]]:
+        return {f"{kernel}, 4 spike, equal scores": lambda: self.off}
 
     def bf16_rivals(self, shape: Any) -> dict[str, SimpleNamespace]:
         x = torch.randn(64)
@@ -125,7 +132,10 @@ class ScoreBench(SimpleNamespace):
         return f"{name}, keys x queries", [partial(torch.mul, query, 2.0)]
 
 
-README_TIMES = {"rival": 239.4, "4": 70.7, "3": 55.5, "2": 41.9}
+README_TIMES = {
+    "rival": 239.4, "4": 70.7, "3": 55.5, "2": 41.9, "3.5": 65.4, "2.5": 52.0,
+    "3.5-oblivious": 61.6, "2.5-oblivious": 48.1, "4, 2": 57.4,
+}  # fmt: skip
 """Microseconds at 8 rows of 32K tokens."""
 
 
@@ -161,6 +171,77 @@ def test_a_slower_kernel_is_refuted(bench: Any, number: int) -> None:
     assert kernels(number) == "refuted"
 
 
+def test_forms_and_kernels_are_told_apart(bench: Any) -> None:
+    cells = [
+        Cell(LEDGER.claims[name], cell) for name in test_kernels.LAYERS for cell in LEDGER.claims[name].cells
+    ]
+    asked = [test_kernels.layer_of(cell) for cell in cells]
+    kept = {(layer.size, layer.kernel): layer.forms for layer in test_kernels.layers()}
+    assert all(layer.forms[0] in kept[layer.size, layer.kernel] for layer in asked)
+    assert kept[(8, 8, 4, 32768, 128, 1), "triton"] == ("4",)
+    assert set(kept[(8, 8, 4, 32768, 128, 1), ""]) == README_TIMES.keys() - {"rival"}
+    assert (1, 8, 16, 8192, 128, 4) in {size for size, _ in kept}  # 4 queries of 4 new tokens
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, "supported"), (2.4, "refuted")])
+def test_outlier_parts_are_judged(bench: Any, factor: float, expected: str) -> None:
+    bench({arm: time * (1 if arm == "rival" else factor) for arm, time in README_TIMES.items()})
+    numbers = [
+        i for i, cell in enumerate(LEDGER.claims["readme-attention-speed"].cells) if "profile" in cell.at
+    ]
+    assert [kernels(number) for number in numbers[:2]] == [expected] * 2
+
+
+def test_the_portable_kernel_is_judged_by_its_own_time(bench: Any) -> None:
+    (number,) = (
+        i for i, cell in enumerate(LEDGER.claims["readme-attention-speed"].cells) if "kernel" in cell.at
+    )
+    bench({"rival": 239.4, "4": 78.0})
+    assert kernels(number) == "supported"
+    bench({"rival": 239.4, "4": 95.0})
+    assert kernels(number) == "refuted"
+
+
+@pytest.mark.parametrize(("time", "expected"), [(9.0, "supported"), (14.5, "refuted")])
+def test_every_shape_is_held_to_bf16(bench: Any, time: float, expected: str) -> None:
+    found = set()
+    for number, cell in enumerate(LEDGER.claims["readme-attention-shapes"].cells):
+        slower = 8 if cell.at["tokens"] == 32768 else 2 if cell.at.get("head_dim") == 256 else 1
+        bench({"rival": 14.0 * slower, "4": time * slower, "3.5": time * slower})
+        found.add(verdict(test_kernels.test_times_faster_than_bf16, "readme-attention-shapes", number))
+    assert found == {expected}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_form_slower_than_its_bytes_is_refuted(bench: Any, number: int) -> None:
+    form = ("4, 2", "3.5-oblivious", "2.5-oblivious")[number]
+
+    def judged() -> str:
+        return verdict(test_kernels.test_times_as_long_as_bytes_say, "readme-attention-between", number)
+
+    bench(README_TIMES)
+    assert judged() == "supported"
+    bench({**README_TIMES, form: 1.15 * README_TIMES[form]})
+    assert judged() == "refuted"
+
+
+def test_errors_of_cases_are_judged(bench: Any) -> None:
+    (number,) = (
+        i for i, cell in enumerate(LEDGER.claims["readme-attention-error"].cells)
+        if cell.at["case"] == "4 spike equal scores"
+    )  # fmt: skip
+    check = partial(verdict, test_kernels.test_error, "readme-attention-error")
+    bench(README_TIMES, error=1e-4)
+    assert check(number) == "supported"
+    bench(README_TIMES, error=1.1e-3)
+    assert check(number) == "refuted"
+    bench(README_TIMES, error=math.inf)
+    with pytest.raises(EvidenceError, match="not finite"):
+        check(number)
+    with pytest.raises(ValueError, match="no case '4 sharpest'; it has 4 spike equal scores"):
+        check(number, case="4 sharpest")
+
+
 @pytest.mark.parametrize("error", [2e-3, math.nan])
 def test_wrong_outputs_are_not_timed(bench: Any, error: float) -> None:
     bench(README_TIMES, error=error)
@@ -183,10 +264,8 @@ def test_a_rival_that_none_confirms_is_no_baseline(bench: Any) -> None:
 
 def test_the_strongest_rival_is_taken(bench: Any) -> None:
     bench(README_TIMES, rivals=3)
-    shape = test_kernels.shape_of(
-        Cell(LEDGER.claims["readme-attention-speed"], LEDGER.claims["readme-attention-speed"].cells[0])
-    )
-    assert attention_speed.attention(shape, (4,)).rival == "rival 0"
+    layer = attention_speed.Layer((8, 8, 4, 32768), ("4",))
+    assert attention_speed.attention(layer).rival == "rival 0"
 
 
 @pytest.mark.parametrize(("time", "expected"), [(380.0, "refuted"), (3580.0, "supported")])
@@ -255,6 +334,123 @@ def test_wrong_logits_are_not_timed(logits: Any, over: float) -> None:
 def test_logits_faster_than_their_bytes_are_refused(logits: Any, rival: float, ours: float) -> None:
     with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
         logits(0, rival, ours)
+
+
+# Encoding
+
+
+class Rotation:
+    """Stands where a codec's rotation does."""
+
+    factors = torch.ones(3, 4)
+
+
+class Codec(SimpleNamespace):
+    """Signs of vectors and their largest coordinates, one bit each."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(groups=[SimpleNamespace(rotation=Rotation())], runs=[(dim, 1)])
+
+    def to(self, device: str) -> Codec:
+        return self
+
+    def encode(self, x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [(x > 0).byte()], [x.float().amax(-1).half()]
+
+
+@pytest.fixture
+def encoding(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """The benchmark of encoding on a device whose times are made up."""
+
+    def put(times: dict[str, float], wrong: int = 0, off: float = 1e-3) -> None:
+        def encode(
+            codec: Any, x: torch.Tensor, words: Any, norms: Any, start: int, done: int, side: Any
+        ) -> None:
+            right = encode_speed._expected(codec, x, side)
+            for into, made in zip((*words, *norms), (*right[0], *right[1]), strict=True):
+                into.copy_(made)
+            words[0].view(-1)[:wrong] += 1
+
+        def in_turn(arms: Any, replays: int, at_least: int) -> dict[str, list[float]]:
+            for launches in arms.values():
+                launches[0]()
+            return {arm: [times[arm] * (1 + 1e-3 * math.sin(i)) for i in range(replays)] for arm in arms}
+
+        held = SimpleNamespace(update=lambda keys, values: keys)
+        bench = SimpleNamespace(
+            codec_of=lambda dim, part: Codec(dim), filled=lambda *_, **__: held, appending=lambda *_: wrong
+        )
+        monkeypatch.setattr(encode_speed, "_bench", lambda: bench)
+        monkeypatch.setattr(encode_speed, "_in_turn", in_turn)
+        monkeypatch.setattr(encode_speed.fused, "encode", encode)
+        monkeypatch.setattr(encode_speed.hadamard, "rotate", lambda x, factors: x.float())
+        monkeypatch.setattr(encode_speed.step, "attend", lambda query, reading, **_: query)
+        monkeypatch.setattr(encode_speed, "_off", lambda *_: off)
+        test_kernels.encoding.cache_clear()
+
+    monkeypatch.setattr(encode_speed, "_DEVICE", "cpu")
+    monkeypatch.setattr(encode_speed, "CACHE_BYTES", 1e5)
+    monkeypatch.setattr(attention_speed, "bandwidth", lambda: 4.2e12)
+    monkeypatch.setattr(test_kernels, "encoders", lambda: None)
+    monkeypatch.setattr(test_kernels, "encoding", lru_cache(partial(encode_speed.bulk, vectors=2048)))
+    yield put
+    test_kernels.encoding.cache_clear()
+
+
+BULK = {"rotation": 10.0, "key": 11.0, "value": 12.0}
+
+
+def bulk(number: int) -> str:
+    return verdict(test_kernels.test_times_as_long_as_the_rotation, "readme-encode-speed", number)
+
+
+def test_encoding_as_long_as_its_rotation_is_supported_and_longer_refuted(encoding: Any) -> None:
+    encoding(BULK)
+    assert {bulk(number) for number in range(len(LEDGER.claims["readme-encode-speed"].cells))} == {
+        "supported"
+    }
+    encoding({**BULK, "key": 13.3})
+    assert [bulk(number) for number in range(2)] == ["refuted", "supported"]
+
+
+def test_wrong_codes_are_not_timed(encoding: Any) -> None:
+    encoding(BULK, wrong=1)
+    with pytest.raises(RuntimeError, match=r"bytes of keys are not the reference's: nothing is timed"):
+        bulk(0)
+
+
+@pytest.mark.parametrize("arm", BULK)
+def test_encoding_faster_than_its_bytes_is_refused(encoding: Any, arm: str) -> None:
+    encoding({**BULK, arm: 1e-3})
+    with pytest.raises(RuntimeError, match="the clock was read before the device was done"):
+        bulk(0)
+
+
+def append(number: int) -> str:
+    return verdict(test_kernels.test_microseconds_of_appending, "readme-append-speed", number)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"append": 4.5, "whole": 10.0, "bare": 5.6}, "supported"),
+        ({"append": 6.2, "whole": 10.0, "bare": 4.8}, "refuted"),
+    ],
+)
+def test_microseconds_of_a_step_are_judged(encoding: Any, times: dict[str, float], expected: str) -> None:
+    encoding(times)
+    assert [append(number) for number in range(3)] == [expected] * 3
+
+
+def test_wrong_appends_and_outputs_are_not_timed(encoding: Any) -> None:
+    times = {"append": 4.5, "whole": 10.0, "bare": 5.6}
+    encoding(times, wrong=2)
+    with pytest.raises(RuntimeError, match="2 bytes that were appended are not the reference's"):
+        append(0)
+    for off in (0.1, math.nan):
+        encoding(times, off=off)
+        with pytest.raises(RuntimeError, match=r"a step's outputs are .* from torch's: nothing is timed"):
+            append(1)
 
 
 # A model's step
