@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -499,6 +500,32 @@ def test_a_step_on_a_cpu_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
     assert 0 < found.error < 0.7
 
 
+@pytest.mark.parametrize(("captured", "counted"), [(False, 35.0), (True, 75.0)])
+def test_a_slow_state_of_an_eager_rival_does_not_flatter(captured: bool, counted: float) -> None:
+    ours, rival = (
+        decode_step.Step(8, 9, arm, "gpu", [took] * 23 + [35.0]) for arm, took in (("a", 9), ("b", 75.0))
+    )
+    pair = test_steps.Pair(ours, rival, captured, 0.1, {})
+    assert len(pair.against) == 24
+    assert median(pair.against) == counted
+    record = Record()
+    pair.note(record)
+    assert (record.notes["rival_milliseconds"], record.notes["rival_percentiles"]) == (counted, [75.0] * 3)
+
+
+@pytest.mark.usefixtures("steps")
+def test_rivals_that_did_not_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = decode_step.Step(1, 8, "StaticCache, eager", "cpu", failed="out of memory")
+    monkeypatch.setattr(decode_step, "measure", lambda *_, **__: [failed])
+    with pytest.raises(RuntimeError, match=r"there is no baseline, none ran: .*out of memory"):
+        test_steps.strongest("needle", 1, 8, True)
+    ran = decode_step.Step(1, 8, "DynamicCache, eager", "cpu", [3.0, 2.0])
+    monkeypatch.setattr(decode_step, "measure", lambda *_, **__: [failed, ran])
+    arms, tried = test_steps.strongest("needle", 1, 9, True)
+    assert [arm.name for arm in arms] == ["DynamicCache, eager"]
+    assert tried == {"StaticCache, eager": "out of memory", "DynamicCache, eager": 2.0}
+
+
 @pytest.mark.usefixtures("steps")
 def test_a_slower_step_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_step, "_timed", paced(2.2))
@@ -536,7 +563,7 @@ def test_each_check_of_steps_tells_both_ways(
         times = [took * (1 + 1e-3 * math.sin(i * took)) for i in range(test_steps.STEPS)]
         return decode_step.Step(1, 8, arm, "cuda", times, round(1e9 * size), None, "gluon")
 
-    found = test_steps.Pair(step("ours", factor, factor), step("rival", 2.001, 1.0), 0.1)
+    found = test_steps.Pair(step("ours", factor, factor), step("rival", 2.001, 1.0), True, 0.1, {})
     monkeypatch.setattr(test_steps, "pair_of", lambda cell: found)
     assert verdict(check, claim_id) == expected
 

@@ -1,7 +1,8 @@
 """How fast is a decoding step of a whole model over codes, beside the strongest dense cache?
 
 Models are architectures at full size with random weights: time does not depend on them. Of the rivals, the
-one with the shortest step is timed in turn with ours.
+one with the shortest step is timed in turn with ours; an eager one counts as its shortest step: a slow host
+must not flatter ours.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import pytest
@@ -36,11 +38,19 @@ NEAR = 1.5
 
 @dataclass(frozen=True)
 class Pair:
-    """Steps of ours and of the strongest rival, taken in turn."""
+    """Steps of ours and of the strongest rival, taken in turn; and the first steps of all rivals."""
 
     ours: Step
     rival: Step
+    captured: bool
     error: float
+    tried: Mapping[str, float | str]
+
+    @property
+    def against(self) -> list[float]:
+        """Milliseconds that ours are compared with: an eager rival's shortest, since its host is not ours."""
+        times = self.rival.milliseconds
+        return times if self.captured else [min(times)] * len(times)
 
     def note(self, record: Record) -> None:
         """Tell what was compared."""
@@ -50,9 +60,11 @@ class Pair:
             backend=self.ours.backend,
             backend_reason=self.ours.reason,
             milliseconds=self.ours.percentile(50),
-            rival_milliseconds=self.rival.percentile(50),
+            rival_milliseconds=median(self.against),
+            rival_percentiles=[self.rival.percentile(percent) for percent in (20, 50, 80)],
             cache_bytes=self.ours.cache_bytes,
             rival_cache_bytes=self.rival.cache_bytes,
+            tried=self.tried,
             device=DEVICE,
         )
 
@@ -87,18 +99,22 @@ def output_error(name: str, profile: str = "4") -> float:
 
 
 @lru_cache
-def strongest(name: str, batch: int, tokens: int, masked: bool) -> list[Arm]:
-    """Of transformers' caches, as it serves them or read without a mask, those that may be the fastest."""
+def strongest(
+    name: str, batch: int, tokens: int, masked: bool
+) -> tuple[list[Arm], Mapping[str, float | str]]:
+    """Of transformers' caches, as it serves them or read without a mask, those that may be the fastest.
+
+    Returns:
+        The arms; and of every one the milliseconds of its first steps, or why it did not run.
+    """
     model = built(name, DEVICE)
     rivals = [arm for arm in arms_for(model) if arm.cache != "ours" and arm.masked == masked]
-    tried = [
-        step
-        for step in decode_step.measure(model, batch, tokens, rounds=1, steps=3, arms=rivals)
-        if not step.failed
-    ]
-    if not tried:
-        raise RuntimeError(f"none of {', '.join(arm.name for arm in rivals)} ran: there is no baseline")
-    return candidates(rivals, {step.arm: step.percentile(50) for step in tried})
+    found = decode_step.measure(model, batch, tokens, rounds=1, steps=3, arms=rivals)
+    tried = {step.arm: step.failed or min(step.milliseconds) for step in found}
+    ran = {arm: took for arm, took in tried.items() if not isinstance(took, str)}
+    if not ran:
+        raise RuntimeError(f"there is no baseline, none ran: {tried}")
+    return candidates(rivals, ran), tried
 
 
 @lru_cache
@@ -107,12 +123,13 @@ def pair(name: str, batch: int, tokens: int, masked: bool = True, profile: str =
     error = output_error(name, profile)
     model = built(name, DEVICE)
     found = []
-    for arm in strongest(name, batch, tokens, masked):
-        arms = [our_arm(model), arm]
-        ours, rival = decode_step.in_turn(model, batch, tokens, arms, profile=profile, steps=STEPS)
-        _check(model, ours, rival)
-        found.append(Pair(ours, rival, error))
-    return min(found, key=lambda pair: pair.rival.percentile(50))
+    arms, tried = strongest(name, batch, tokens, masked)
+    for rival in arms:
+        both = [our_arm(model), rival]
+        ours, theirs = decode_step.in_turn(model, batch, tokens, both, profile=profile, steps=STEPS)
+        _check(model, ours, theirs)
+        found.append(Pair(ours, theirs, rival.captured, error, tried))
+    return min(found, key=lambda pair: median(pair.against))
 
 
 def candidates(rivals: Sequence[Arm], tried: Mapping[str, float]) -> list[Arm]:
@@ -165,7 +182,7 @@ def pair_of(cell: Cell) -> Pair:
 def test_times_as_fast(cell: Cell, record: Record) -> None:
     """The strongest rival's time over ours: tokens a second over tokens a second."""
     found = pair_of(cell)
-    record.ratio(found.rival.milliseconds, found.ours.milliseconds)
+    record.ratio(found.against, found.ours.milliseconds)
     found.note(record)
 
 
@@ -173,7 +190,7 @@ def test_times_as_fast(cell: Cell, record: Record) -> None:
 def test_latency(cell: Cell, record: Record) -> None:
     """Our time over the strongest rival's."""
     found = pair_of(cell)
-    record.ratio(found.ours.milliseconds, found.rival.milliseconds)
+    record.ratio(found.ours.milliseconds, found.against)
     found.note(record)
 
 
