@@ -104,7 +104,11 @@ def test_codes_of_every_width(bits, dim, launch):
     assert error(launch, *read(whole(*bits, dim), new=20, dtype=torch.float16)) < TOLERANCE
 
 
-@pytest.mark.parametrize("split", ["outlier", "oblivious"])
+@pytest.mark.parametrize(
+    ("split", "dtype"),
+    [("outlier", torch.float16), ("oblivious", torch.float16), ("outlier", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "parts",
     [
@@ -114,8 +118,23 @@ def test_codes_of_every_width(bits, dim, launch):
         (((32, 2), (32, 1)), ((64, 1),)),
     ],
 )
-def test_split_channels(parts, split, launch):
-    assert error(launch, *read(parts, new=20, split=split, sinks=2)) < TOLERANCE
+def test_split_channels(parts, split, dtype, launch):
+    assert error(launch, *read(parts, new=20, split=split, sinks=2, dtype=dtype)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("parts", "split"),
+    [
+        ((((64, 3),), ((64, 1),)), "outlier"),
+        ((((32, 4), (32, 3)), ((64, 1),)), "outlier"),
+        ((((32, 4), (32, 3)), ((64, 1),)), "oblivious"),
+        ((((64, 4),), ((64, 1),)), "prod"),
+    ],
+)
+def test_keys_of_float32_queries_are_not_rounded(parts, split, launch):
+    """Nor are they: scores of a standard deviation of about 9, where rounding both costs twice what may be."""
+    query, reading = read(parts, new=60, before=300, split=split, window=0)
+    assert error(launch, 3 * query, reading) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -262,15 +281,22 @@ def test_an_infinite_norm_is_nan_where_it_is_read(launch):
             "oblivious",
         ),
         ("number + 1 - window, start", "number + 9 - window, start", "oblivious"),
-        ("* (norms * scale + (norms - norms))", "* (norms * 0.0 + 1.0)", "oblivious"),
+        ("+ 0.5) * (norms * scale + (norms - norms))", "+ 0.5) * (norms * 0.0 + 1.0)", "oblivious"),
         ("total * keep + tl.sum(p, 1)", "total + tl.sum(p, 1)", "oblivious"),
         # A sketch's norm, not in units of the key's; a sketch, in the basis of the key.
         ("norms = (keys[0][2].to(tl.float32) * scale", "norms = (scale", "prod"),
-        ("tl.dot(q[1], ", "tl.dot(q[0], ", "prod"),
+        ("tl.dot(q[1][0], ", "tl.dot(q[0][0], ", "prod"),
+        # The same where float32 queries make norms multiply scores; and each run's norm on the other run.
+        ("norm = norms[0] * norms[1]", "norm = norms[1]", "fine prod"),
+        ("q[1], keys[1], others", "q[0], keys[1], others", "fine prod"),
+        ("(norms * scale + (norms - norms))[None, :]", "(norms * 0.0 + 1.0)[None, :]", "fine oblivious"),
+        ("first == (MINE == 0)", "first == (MINE == 1)", "fine outlier"),
     ],
 )
 def test_a_planted_fault_is_seen(right, wrong, split, launch, monkeypatch, tmp_path):
-    made = read(whole(4, 4), new=40, before=200, window=16, split=split)
+    dtype = torch.float32 if "fine" in split else torch.float16
+    parts = (((32, 4), (32, 3)), ((64, 4),)) if "outlier" in split else whole(4, 4)
+    made = read(parts, new=40, before=200, window=16, split=split.removeprefix("fine "), dtype=dtype)
     assert error(launch, *made) < TOLERANCE
     planted = plant(monkeypatch, "prefill.kernel", right, wrong, tmp_path)
     monkeypatch.setattr(launch, "attend_prefix", planted.attend_prefix)

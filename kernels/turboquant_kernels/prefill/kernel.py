@@ -18,7 +18,8 @@ memory: 16 bytes side by side, no two lanes in one bank (coordinates and query c
 What is rounded to fp16: rotated queries, decoded keys and values, and probabilities, each relative to its own
 size: probabilities to the best of their step, as in `decode`, so that a faint background keeps its digits
 beside a dominant token. Off by at most 2^-11 of sum p |v| from probabilities, and 2^-12 from values; scores
-by about 2^-12 |q| |k| scale / sqrt(D).
+by about 2^-12 |q| |k| scale / sqrt(D). Where queries are float32, neither is rounded: queries are
+taken in two parts, levels of keys are exact in fp16, and norms multiply scores.
 """
 
 from __future__ import annotations
@@ -179,16 +180,22 @@ def _load(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RU
 
 @triton.jit
 def _load_keys(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RUNS: tl.constexpr,
-               SKETCH: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """The same of keys: of both runs together, or of the key and of its sketch."""
+               SKETCH: tl.constexpr, BLOCKS: tl.constexpr, FINE: tl.constexpr):  # fmt: skip
+    """The same of keys: of both runs together, or of the key and of its sketch; then norms by token, if FINE."""
+    norms = ()
+    if FINE:
+        token = tl.minimum(step * (32 * BLOCKS) + tl.arange(0, 32 * BLOCKS), 32 * last + 31)
+        norms += (tl.load(norms_ptr + token).to(tl.float32),)
+        if other_norms_ptr is not None:
+            norms += (tl.load(other_norms_ptr + token).to(tl.float32),)
     if SKETCH:
         key = _load(words_ptr, None, norms_ptr, None, step, last, _run(RUNS, 0), BLOCKS, False)
         sketch = _load(other_words_ptr, None, other_norms_ptr, None, step, last, _run(RUNS, 1), BLOCKS, False)
-        return key, sketch
+        return (key, sketch), norms
     else:
         return (
             _load(words_ptr, other_words_ptr, norms_ptr, other_norms_ptr, step, last, RUNS, BLOCKS, False),
-        )
+        ), norms
 
 
 @triton.jit
@@ -287,21 +294,52 @@ def _weights(scores, factor, state):
 
 
 @triton.jit
+def _scores_of_run(q, loaded, tables, norms, scale, MINE: tl.constexpr, RUNS: tl.constexpr, BLOCKS: tl.constexpr,
+                   ASM: tl.constexpr):  # fmt: skip
+    """Scores of a step of codes with one norm, which they are multiplied by in float32: of run MINE, or of all."""
+    words, other, kept = loaded
+    one = tl.full([], 1.0, tl.float16)
+    if MINE is None:
+        kept = tl.full(kept.shape, 1.0, tl.float16)
+    else:
+        first = (tl.arange(0, kept.shape[0]) % _units(RUNS) < RUNS[0])[:, None]
+        kept = tl.where(first == (MINE == 0), tl.full(kept.shape, 1.0, tl.float16), 0.0)
+    decoded = tl.trans(_decoded((words, other, kept), tables, one, RUNS, BLOCKS, False, ASM))
+    scores = tl.dot(q[1], decoded, tl.dot(q[0], decoded))
+    return scores * (norms * scale + (norms - norms))[None, :]
+
+
+@triton.jit
 def _scores_of_codes(q, keys, tables, scale, KEYS: tl.constexpr, SKETCH: tl.constexpr, BLOCKS: tl.constexpr,
-                     ASM: tl.constexpr):  # fmt: skip
+                     ASM: tl.constexpr, FINE: tl.constexpr):  # fmt: skip
     """Scores of a step of codes, which lack their factor."""
-    if SKETCH:
+    keys, norms = keys
+    if FINE:
+        power = scale.to(tl.float32)
+        if SKETCH:
+            scores = _scores_of_run(q[0], keys[0], tables, norms[0], power, None, _run(KEYS, 0), BLOCKS, ASM)
+            others = (tables[2], tables[3])
+            norm = norms[0] * norms[1]
+            return scores + _scores_of_run(
+                q[1], keys[1], others, norm, power, None, _run(KEYS, 1), BLOCKS, ASM
+            )
+        elif KEYS[4]:
+            scores = _scores_of_run(q[0], keys[0], tables, norms[0], power, 0, KEYS, BLOCKS, ASM)
+            return scores + _scores_of_run(q[0], keys[0], tables, norms[1], power, 1, KEYS, BLOCKS, ASM)
+        else:
+            return _scores_of_run(q[0], keys[0], tables, norms[0], power, None, KEYS, BLOCKS, ASM)
+    elif SKETCH:
         decoded = _decoded(keys[0], tables, scale, _run(KEYS, 0), BLOCKS, False, ASM)
-        scores = tl.dot(q[0], tl.trans(decoded))
+        scores = tl.dot(q[0][0], tl.trans(decoded))
         # Its norm counts in units of the key's.
         words, none, norms = keys[1]
         norms = (keys[0][2].to(tl.float32) * scale.to(tl.float32) * norms.to(tl.float32)).to(tl.float16)
         one = tl.full([], 1.0, tl.float16)
         others = (tables[2], tables[3])
         decoded = _decoded((words, none, norms), others, one, _run(KEYS, 1), BLOCKS, False, ASM)
-        return tl.dot(q[1], tl.trans(decoded), scores)
+        return tl.dot(q[1][0], tl.trans(decoded), scores)
     else:
-        return tl.dot(q[0], tl.trans(_decoded(keys[0], tables, scale, KEYS, BLOCKS, False, ASM)))
+        return tl.dot(q[0][0], tl.trans(_decoded(keys[0], tables, scale, KEYS, BLOCKS, False, ASM)))
 
 
 @triton.jit
@@ -360,16 +398,30 @@ def _turned(
 
 
 @triton.jit
-def _query_operand(x, turn_ptr, place, kept, SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """Queries in a basis of keys, as a left operand."""
-    q = _turned(tl.zeros([ROWS, DIM], tl.float32), turn_ptr, x, 0, ROWS, DIM, DIM).to(tl.float16)
+def _kept(q, place, kept, SHARED: tl.constexpr):
+    """A left operand.
+
+    By way of the output's place, if SHARED: what is loaded stays in shared memory, else it takes registers.
+    """
     if SHARED:
-        # By way of the output's place: what is loaded stays in shared memory, else it takes registers.
         tl.debug_barrier()
         tl.store(place, q, mask=kept)
         tl.debug_barrier()
         q = tl.load(place, mask=kept, other=0.0)
     return q
+
+
+@triton.jit
+def _query_operands(x, turn_ptr, place, kept, SHARED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+                    FINE: tl.constexpr):  # fmt: skip
+    """Queries in a basis of keys, and, if FINE, what rounding took from them."""
+    q = _turned(tl.zeros([ROWS, DIM], tl.float32), turn_ptr, x, 0, ROWS, DIM, DIM)
+    high = q.to(tl.float16)
+    found = (_kept(high, place, kept, SHARED),)
+    if FINE:
+        low = (q - high.to(tl.float32)).to(tl.float16)
+        found += (_kept(low, place, kept, SHARED),)
+    return found
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -447,6 +499,7 @@ def attend_prefix(
     UNITS: tl.constexpr = _units(VALUES)
     WIDTH: tl.constexpr = 32 * UNITS
     STEP: tl.constexpr = 32 * BLOCKS
+    FINE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     batch, kv_head = head // heads, head % heads
@@ -520,10 +573,10 @@ def attend_prefix(
         place = out_ptr.to(tl.pointer_type(tl.float16))
         place += (out_at * (out_ptr.dtype.element_ty.primitive_bitwidth // 16))[:, None] + dim[None, :]
         key_turn_ptr += kv_head * key_turn
-        q = (_query_operand(x, key_turn_ptr, place, kept, SHARED, ROWS, WIDTH),)
+        q = (_query_operands(x, key_turn_ptr, place, kept, SHARED, ROWS, WIDTH, FINE),)
         if SKETCH:
             turn = key_turn_ptr + 2 * WIDTH * WIDTH
-            q += (_query_operand(x, turn, place, kept, SHARED, ROWS, WIDTH),)
+            q += (_query_operands(x, turn, place, kept, SHARED, ROWS, WIDTH, FINE),)
         factor = tl.maximum(tl.abs(scale), 1e-30) / (key_unit * key_power) / power
 
         key_tables = _tables(table_ptr, 0, BLOCKS * _units(_run(KEYS, 0) if SKETCH else KEYS))
@@ -531,23 +584,23 @@ def attend_prefix(
         last = blocks - 1
         if AHEAD:
             keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, first_full, last, KEYS,
-                              SKETCH, BLOCKS)  # fmt: skip
+                              SKETCH, BLOCKS, FINE)  # fmt: skip
             values = _load(value_words, other_value_words, value_norms, other_value_norms, first_full, last, VALUES,
                            BLOCKS, True)  # fmt: skip
         # One stage: words go to registers, if AHEAD while the step before computes.
         for step in tl.range(first_full, end_full, num_stages=1):
             if not AHEAD:
                 keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS,
-                                  SKETCH, BLOCKS)  # fmt: skip
+                                  SKETCH, BLOCKS, FINE)  # fmt: skip
                 values = _load(value_words, other_value_words, value_norms, other_value_norms, step, last, VALUES,
                                BLOCKS, True)  # fmt: skip
-            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM)
+            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM, FINE)
             here = values
             if AHEAD:
                 # Not before the product: what makes tensor cores see the keys waits for all loads.
                 next_step = tl.minimum(step + 1, end_full - 1)
                 keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, next_step, last, KEYS,
-                                  SKETCH, BLOCKS)  # fmt: skip
+                                  SKETCH, BLOCKS, FINE)  # fmt: skip
                 values = _load(value_words, other_value_words, value_norms, other_value_norms, next_step, last,
                                VALUES, BLOCKS, True)  # fmt: skip
             state, out = _fold_codes(state, out, scores, factor, cap, here, value_tables, value_scale, step,
@@ -558,10 +611,10 @@ def attend_prefix(
         for index in tl.range(0, leading + end - end_full, num_stages=1):
             step = tl.where(index < leading, from_step + index, end_full + index - leading)
             keys = _load_keys(key_words, other_key_words, key_norms, other_key_norms, step, last, KEYS, SKETCH,
-                              BLOCKS)  # fmt: skip
+                              BLOCKS, FINE)  # fmt: skip
             values = _load(value_words, other_value_words, value_norms, other_value_norms, step, last, VALUES,
                            BLOCKS, True)  # fmt: skip
-            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM)
+            scores = _scores_of_codes(q, keys, key_tables, key_scale, KEYS, SKETCH, BLOCKS, ASM, FINE)
             state, out = _fold_codes(state, out, scores, factor, cap, values, value_tables, value_scale, step,
                                      begin, limit, VALUES, BLOCKS, True, SOFTCAP, ASM)  # fmt: skip
 
