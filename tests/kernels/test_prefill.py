@@ -132,7 +132,7 @@ def test_split_channels(parts, split, dtype, launch):
     ],
 )
 def test_keys_of_float32_queries_are_not_rounded(parts, split, launch):
-    """Nor are they: scores of a standard deviation of about 9, where rounding both costs twice what may be."""
+    """Nor are they: scores of a standard deviation of about 9, where rounding both costs twice that."""
     query, reading = read(parts, new=60, before=300, split=split, window=0)
     assert error(launch, 3 * query, reading) < TOLERANCE
 
