@@ -575,7 +575,8 @@ def markdown(kernel: str, found: dict[Shape, dict[str, list[Timing]]]) -> list[s
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kernel", choices=("gluon", "triton"), help="only this one, not all that run here")
     parser.add_argument(
         "--shapes",

@@ -134,7 +134,8 @@ def wrong(form: str, side: Side) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--check", action="store_true", help="time nothing")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of these alone")
     parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")

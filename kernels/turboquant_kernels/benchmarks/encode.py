@@ -561,7 +561,8 @@ def time_others(vectors: int) -> Iterator[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
     parser.add_argument("--vectors", type=int, default=1 << 20, help="vectors that are encoded")
     parser.add_argument(

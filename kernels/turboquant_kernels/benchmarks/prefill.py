@@ -236,7 +236,8 @@ def measure(case: Case, settings: Sequence[Settings] = (), rounds: int = 9) -> d
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sweep", action="store_true", help="also time other settings")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no timing after this")
     parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")

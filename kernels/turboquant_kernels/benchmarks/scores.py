@@ -190,7 +190,8 @@ def sweep_settings(shape: Shape, bits: float, kernel: Kernel) -> list[Settings]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, then time, then print a table; the exit status says whether every check passed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sweep", action="store_true", help="try other settings on the first shape")
     parser.add_argument("--anyway", action="store_true", help="time even if a check fails")
     parser.add_argument("--out", type=Path, help="folder for details (JSON lines)")
