@@ -367,8 +367,8 @@ def encoding(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         def encode(
             codec: Any, x: torch.Tensor, words: Any, norms: Any, start: int, done: int, side: Any
         ) -> None:
-            right = encode_speed._expected(codec, x, side)
-            for into, made in zip((*words, *norms), (*right[0], *right[1]), strict=True):
+            right = encode_speed.encoded_by_torch(codec, x, side)
+            for into, made in zip((*words, *norms), (*right.words, *right.norms), strict=True):
                 into.copy_(made)
             words[0].view(-1)[:wrong] += 1
 

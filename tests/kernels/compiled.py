@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +25,17 @@ import torch
 from torch import Tensor
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
+
+
+def told_by(script: str, *arguments: object) -> dict[str, Any]:
+    """What a script here prints, in a process of its own: triton must not warn or leak into this one."""
+    ran = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def machine_code(kernel: Any) -> tuple[dict[str, int], str]:

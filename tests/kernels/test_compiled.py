@@ -6,16 +6,13 @@ Without a device: the PTX of a small launch is run on the CPU, against float64.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import bytes_of_floats
+from compiled import bytes_of_floats, told_by
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, about 0.2 GB: tox -e kernels"
@@ -99,18 +96,6 @@ STORED_BYTE = """
 """
 
 
-def machine_code(*arguments: int | str) -> dict[str, Any]:
-    # In a process of its own: triton must not warn or leak into this one.
-    script = Path(__file__).with_name("compiled.py")
-    ran = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 def of_kinds(body: dict[str, int], kinds: tuple[str, ...]) -> int:
     return sum(body.get(kind, 0) for kind in kinds)
 
@@ -134,7 +119,7 @@ def check(found: dict[str, Any], kernel: str, keys: str, dim: int) -> None:
 
 @pytest.mark.parametrize("kernel", RECORDED, ids=str)
 def test_instruction_budget(kernel):
-    found = machine_code(*kernel)
+    found = told_by("compiled.py", *kernel)
     check(found, *kernel[:2], kernel[4])
     instructions = sum(found["loops"][0].values()) / found["elements"]
     assert instructions == pytest.approx(RECORDED[kernel], rel=0.1)
@@ -163,7 +148,7 @@ EVERY = [
 def test_no_chosen_settings_spill(kernel, keys, dim, rows, blocks):
     capability = 90 if kernel == "gluon" else 80
     values = keys.removesuffix("-prod")
-    check(machine_code(kernel, keys, values, capability, dim, rows, blocks), kernel, keys, dim)
+    check(told_by("compiled.py", kernel, keys, values, capability, dim, rows, blocks), kernel, keys, dim)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +161,13 @@ def test_no_chosen_settings_spill(kernel, keys, dim, rows, blocks):
 )
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 def test_a_fault_in_the_ptx_is_seen(kernel, fault, seen):
-    found = machine_code(kernel, "4", "4", 90, 128, 4, 65536, 0, *fault)
+    found = told_by("compiled.py", kernel, "4", "4", 90, 128, 4, 65536, 0, *fault)
     assert {"error": found["error"] > TOLERANCE, "races": bool(found["races"])}[seen]
 
 
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 def test_a_kernel_short_of_registers_is_seen_to_spill(kernel):
-    found = machine_code(kernel, "4", "4", 90, 128, 4, 65536, 64)
+    found = told_by("compiled.py", kernel, "4", "4", 90, 128, 4, 65536, 64)
     assert found["sizes"]["STACK"] > 0
     assert max(of_kinds(body, LOCAL) for body in found["loops"]) > 0
 

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import told_by
 from interpreted import NEEDS_TRITON
 
 pytestmark = NEEDS_TRITON
@@ -37,17 +34,6 @@ RECORDED = {
 }
 
 
-def machine_code(*arguments: object) -> dict[str, Any]:
-    # In a process of its own: triton must not warn or leak into this one.
-    script = Path(__file__).with_name("compiled_dequantize.py")
-    ran = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 def in_local_memory(found: dict[str, Any]) -> int:
     """Instructions and bytes of it."""
     whole, sizes = found["whole"], found["sizes"]
@@ -57,12 +43,12 @@ def in_local_memory(found: dict[str, Any]) -> int:
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("what", RECORDED)
 def test_registers_hold_everything(what, architecture) -> None:
-    found = machine_code(architecture, *what.split())
+    found = told_by("compiled_dequantize.py", architecture, *what.split())
     assert in_local_memory(found) == 0
     assert sum(found["whole"].values()) / found["elements"] == pytest.approx(RECORDED[what], rel=0.1)
 
 
 def test_a_kernel_short_of_registers_is_seen() -> None:
     """256 coordinates a lane, of one warp instead of two."""
-    found = machine_code(90, "dequantize", "key", "bf16", 256, 3, 0, 8, 1, 8, 3, 1)
+    found = told_by("compiled_dequantize.py", 90, "dequantize", "key", "bf16", 256, 3, 0, 8, 1, 8, 3, 1)
     assert in_local_memory(found) > 0

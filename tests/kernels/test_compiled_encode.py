@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import pytest
+from compiled import told_by
 from compiled_encode import rows_are_lanes
 from interpreted import NEEDS_TRITON
 
@@ -73,17 +69,6 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in version("triton").split(".")[:2])
 
 
-def machine_code(*arguments: object) -> dict[str, Any]:
-    # In a process of its own: triton must not warn or leak into this one.
-    script = Path(__file__).with_name("compiled_encode.py")
-    ran = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
     ("what", "of", "figure"),
@@ -91,7 +76,7 @@ def machine_code(*arguments: object) -> dict[str, Any]:
     ids=str,
 )
 def test_registers_hold_everything(what, of, figure, architecture) -> None:
-    found = machine_code(architecture, what, *of)
+    found = told_by("compiled_encode.py", architecture, what, *of)
     whole = found["whole"]
     most = SPILLED.get((of, architecture), 0)
     assert found["sizes"]["STACK"] <= 8 * most  # bytes
@@ -135,7 +120,7 @@ def test_lanes_that_hold_other_rows_are_seen(right, wrong) -> None:
     ids=str,
 )
 def test_a_step_around_the_codes_stays_as_short(of, architecture, recorded) -> None:
-    found = machine_code(architecture, *of)
+    found = told_by("compiled_encode.py", architecture, *of)
     whole = found["whole"]
     # Some compilers give the functions that divide and take roots a stack, which they do not use.
     assert found["sizes"]["STACK"] <= (48 if of[0] == "append" else 0)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from compiled import told_by
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, about 0.2 GB: tox -e kernels"
@@ -38,14 +34,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("kernel", RECORDED, ids=str)
 def test_instruction_budget(kernel):
-    # In a process of its own: triton must not warn or leak into this one.
-    script = Path(__file__).with_name("compiled_prefill.py")
-    ran = subprocess.run(
-        [sys.executable, script, *map(str, kernel)], capture_output=True, text=True, check=False,
-        env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
+    found = told_by("compiled_prefill.py", *kernel)
     instructions, barriers, spilled, waits = RECORDED[kernel]
     body = found["loops"][0]  # all tokens visible
     assert sum(body.values()) / found["codes"] == pytest.approx(instructions, rel=0.1)

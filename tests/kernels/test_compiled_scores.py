@@ -5,14 +5,8 @@ Without a device: the PTX of a small launch is run on the CPU, against float64.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
+from compiled import told_by
 from interpreted import NEEDS_TRITON
 from test_compiled import LOCAL, SHARED, of_kinds
 
@@ -40,21 +34,9 @@ RECORDED = {
 }
 
 
-def machine_code(*arguments: object, fault: tuple[str, ...] = ()) -> dict[str, Any]:
-    # In a process of its own: triton must not warn or leak into this one.
-    script = Path(__file__).with_name("compiled_scores.py")
-    ran = subprocess.run(
-        [sys.executable, script, *fault, "--", *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.parametrize("kernel", RECORDED, ids=str)
 def test_instruction_budget(kernel):
-    found = machine_code(*kernel)
+    found = told_by("compiled_scores.py", "--", *kernel)
     (body,) = found["loops"]
     assert of_kinds(body, (*SHARED, *LOCAL)) == 0
     assert found["sizes"]["LOCAL"] == 0
@@ -70,4 +52,4 @@ def test_instruction_budget(kernel):
 @pytest.mark.parametrize("kernel", ["gluon", "triton"])
 def test_a_fault_in_the_ptx_is_seen(kernel, fault):
     """Another bit of a look-up's selector; a norm of 2 that counts as infinite."""
-    assert machine_code(kernel, 90, 4, "fp32", 0, 128, 4, fault=fault)["error"] > 1
+    assert told_by("compiled_scores.py", *fault, "--", kernel, 90, 4, "fp32", 0, 128, 4)["error"] > 1

@@ -130,6 +130,16 @@ def test_bytes_of_keys_with_a_sketch_are_the_same(
         assert torch.equal(a, b)
 
 
+def tells(given, module, right, wrong, interpreted, tmp_path) -> bool:
+    """Whether a fault in a kernel changes a byte."""
+    expected = fill(*given)
+    with interpreted.context() as patch:
+        plant(patch, f"packed_kv.{module}", right, wrong, tmp_path)
+        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
+        found = fill(*given)
+    return not all(torch.equal(a, b) for a, b in zip(bytes_of(expected), bytes_of(found), strict=True))
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -141,13 +151,7 @@ def test_bytes_of_keys_with_a_sketch_are_the_same(
 )
 def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path) -> None:
     given = (128, ((128, 2),), 0, 0, None, torch.bfloat16, "oblivious", "prod")
-    expected = fill(*given)
-    with interpreted.context() as patch:
-        plant(patch, "packed_kv.sketched", right, wrong, tmp_path)
-        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
-        found = fill(*given)
-    pairs = zip(bytes_of(expected), bytes_of(found), strict=True)
-    assert not all(torch.equal(a, b) for a, b in pairs)
+    assert tells(given, "sketched", right, wrong, interpreted, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +168,7 @@ def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path
 )
 def test_a_planted_fault_is_seen(dim, parts, split, right, wrong, interpreted, tmp_path) -> None:
     given = (dim, parts, 0, 0, None, torch.bfloat16, split)
-    expected = fill(*given)
-    with interpreted.context() as patch:
-        plant(patch, "packed_kv.encode", right, wrong, tmp_path)
-        patch.setattr(device, "has_triton", lambda x: x.shape[2] > 1)
-        found = fill(*given)
-    pairs = zip(bytes_of(expected), bytes_of(found), strict=True)
-    assert not all(torch.equal(a, b) for a, b in pairs)
+    assert tells(given, "encode", right, wrong, interpreted, tmp_path)
 
 
 @pytest.mark.parametrize("parts", [((32, 4), (96, 3)), ((64, 3), (64, 2)), ((96, 4),)], ids=str)

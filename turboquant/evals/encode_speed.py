@@ -17,9 +17,10 @@ from torch import Tensor
 
 from turboquant.evals.attention_speed import REPLAYS, refuse_impossible
 from turboquant_kernels import hadamard
+from turboquant_kernels.benchmarks.stores import encoded_by_torch, room, wrong_bytes
 from turboquant_kernels.decode import reference, step
 from turboquant_kernels.packed_kv import Reading, fused
-from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack
+from turboquant_kernels.packed_kv.layout import Side
 
 __all__ = ["append_arms", "appends", "around", "around_arms", "bulk", "bulk_arms", "compile_all"]
 
@@ -96,13 +97,14 @@ def bulk_arms(dim: int, bits: int, vectors: int = VECTORS) -> Arms:
     factors = codec.groups[0].rotation.factors
     arms: Arms = {"rotation": [partial(hadamard.rotate, x, factors) for x in inputs]}
     for side in SIDES:
-        stores = [_room(codec, shape) for _ in inputs]
+        stores = [room(codec, *shape[:3], device=_DEVICE) for _ in inputs]
         arms[side] = [
-            partial(fused.encode, codec, x, *store, 0, 0, side)
+            partial(fused.encode, codec, x, store.words, store.norms, 0, 0, side)
             for x, store in zip(inputs, stores, strict=True)
         ]
         arms[side][0]()
-        wrong = _wrong(stores[0], _expected(codec, inputs[0], side))
+        found, expected = stores[0], encoded_by_torch(codec, inputs[0], side)
+        wrong = wrong_bytes([*found.words, *found.norms], [*expected.words, *expected.norms])
         if wrong:
             raise RuntimeError(f"{wrong} bytes of {side}s are not the reference's: nothing is timed")
     return arms
@@ -211,34 +213,6 @@ def _launch(made: Callable[[], Arms]) -> None:
 
 def _new(batch: int) -> list[Tensor]:
     return [torch.randn(batch, HEADS, 1, DIM, device=_DEVICE).bfloat16() for _ in range(2)]
-
-
-def _room(codec: Any, shape: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Words and norms for the codes, whose old contents are wrong."""
-    lead, tokens = shape[:2], shape[2]
-    words = [
-        torch.full((*lead, tokens // BLOCK, width * bits), -1, dtype=torch.int32, device=_DEVICE)
-        for width, bits in codec.runs
-    ]
-    return words, [torch.full((*lead, tokens), torch.nan, device=_DEVICE).half()]
-
-
-def _expected(codec: Any, x: Tensor, side: Side) -> tuple[list[Tensor], list[Tensor]]:
-    """Words and norms by torch."""
-    codes, norms = codec.encode(x)
-    words = [
-        pack(found.view(*found.shape[:2], -1, BLOCK, found.shape[-1]), bits, side)
-        for found, (_, bits) in zip(codes, codec.runs, strict=True)
-    ]
-    return words, norms
-
-
-def _wrong(found: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]]) -> int:
-    """Bytes that differ."""
-    pairs = [pair for halves in zip(found, expected, strict=True) for pair in zip(*halves, strict=True)]
-    return sum(
-        int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum()) for a, b in pairs
-    )
 
 
 def _off(attend: Callable[[Reading], Tensor], query: Tensor, reading: Reading) -> float:

@@ -30,12 +30,13 @@ from torch import Tensor
 from turboquant_kernels import dequantize, hadamard
 from turboquant_kernels.benchmarks.decode import LEVELS
 from turboquant_kernels.benchmarks.parts import rotate_alone
+from turboquant_kernels.benchmarks.stores import Store, encoded_by_torch, room, wrong_bytes
 from turboquant_kernels.benchmarks.timing import Timing, copy_bandwidth, time_in_turn, time_launches
 from turboquant_kernels.decode import step
 from turboquant_kernels.dequantize import reference as dense
 from turboquant_kernels.hadamard import reference
 from turboquant_kernels.packed_kv import GroupCodec, PackedKV, Reading, Run, Sketch, VectorCodec, fused
-from turboquant_kernels.packed_kv.layout import BLOCK, Side, pack, unpack
+from turboquant_kernels.packed_kv.layout import BLOCK, Side, unpack
 
 __all__ = ["SignedHadamard", "codec_of", "main"]
 
@@ -164,56 +165,11 @@ def factors_of(dim: int, seed: int = 0) -> Tensor:
     return rotation.factors.to("cuda")
 
 
-@dataclass
-class Store:
-    """Room for the codes of one half."""
-
-    words: list[Tensor]
-    norms: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and norms."""
-        return sum(x.nbytes for x in (*self.words, *self.norms))
-
-
-def room(codec: VectorCodec, batch: int, heads: int, tokens: int, fill: int = -1) -> Store:
-    """Storage whose old contents are known."""
-    blocks = -(-tokens // BLOCK)
-    words = [
-        torch.full((batch, heads, blocks, width * bits), fill, dtype=torch.int32, device="cuda")
-        for width, bits in codec.runs
-    ]
-    norms = [
-        torch.full((batch, heads, blocks * BLOCK), float("nan"), dtype=torch.float16, device="cuda")
-        for _ in codec.groups
-    ]
-    return Store(words, norms)
-
-
 def random_store(dim: int, bits: int, heads: int, tokens: int) -> Store:
     """Every bit pattern is a code, so random words are codes."""
     blocks = -(-tokens // BLOCK)
     words = torch.randint(-(2**31), 2**31, (1, heads, blocks, dim * bits), dtype=torch.int32, device="cuda")
     return Store([words], [torch.rand(1, heads, blocks * BLOCK, device="cuda").half()])
-
-
-def encoded_by_torch(codec: VectorCodec, x: Tensor, side: Side) -> Store:
-    """Whole blocks by the reference: torch operations on the device; lengths of residuals are left out."""
-    codes, scales = codec.encode(x)
-    words = [
-        pack(found.view(*found.shape[:2], -1, BLOCK, found.shape[-1]), bits, side)
-        for found, (_, bits) in zip(codes, codec.runs, strict=True)
-    ]
-    return Store(words, list(scales))
-
-
-def wrong_bytes(found: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
-    """How many differ."""
-    return sum(
-        int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
-        for a, b in zip(found, expected, strict=True)
-    )
 
 
 def appending(dim: int, key_bits: int, value_bits: int, device: str = "cuda") -> int:
