@@ -1,9 +1,9 @@
 """Compile kernels without a device, and print what their machine code is made of (JSON).
 
-python compiled_encode.py ARCHITECTURE encode VALUES PART... | rotate HEAD_DIM INVERSE
+python compiled_encode.py ARCHITECTURE encode|ends VALUES PART... | rotate HEAD_DIM INVERSE
     | append HEAD_DIM BITS SKETCHED | sketch HEAD_DIM BITS | raw HEAD_DIM BYTES | combine HEAD_DIM SPLITS
 
-A part is seven numbers, as `encode_tokens` takes them.
+A part is seven numbers, as `encode_tokens` takes them; `ends` are the blocks that are not whole.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from compiled import INSTRUCTION, machine_code
@@ -37,7 +38,7 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def encode(architecture: int, values: int, *numbers: int) -> Any:
+def encode(architecture: int, values: int, *numbers: int, whole: bool = True) -> Any:
     from turboquant_kernels.packed_kv.encode import encode_tokens
 
     parts = tuple(numbers[i : i + 7] for i in range(0, len(numbers), 7))
@@ -49,7 +50,7 @@ def encode(architecture: int, values: int, *numbers: int) -> Any:
         types |= {"order_ptr": "*u8", "more_norms_ptr": "*fp16", "more_factors_ptr": "*fp32"}
     if len(parts) == 2 or parts[0][2]:
         types |= {"more_words_ptr": "*i32", "more_thresholds_ptr": "*fp32"}
-    constants: dict[str, Any] = {"PARTS": parts, "VALUES": bool(values), "PTX": True}
+    constants: dict[str, Any] = {"PARTS": parts, "VALUES": bool(values), "WHOLE": whole, "PTX": True}
     constants["STRIDE"] = 1024 if len(parts) == 2 else None
     constants |= dict.fromkeys(n for n in encode_tokens.arg_names if n.endswith("_ptr") and n not in types)
     return compiled(encode_tokens, types, constants, architecture, 1)
@@ -146,6 +147,7 @@ def rows_are_lanes(text: str) -> bool:
 def main(architecture: str, what: str, *numbers: str) -> None:
     kinds = {
         "encode": encode,
+        "ends": partial(encode, whole=False),
         "rotate": rotate,
         "append": append,
         "sketch": sketch,
@@ -156,9 +158,9 @@ def main(architecture: str, what: str, *numbers: str) -> None:
     sizes, sass = machine_code(kernel)
     whole = Counter(m[2] for m in INSTRUCTION.finditer(sass))
     # A lane takes the coordinates of a whole vector, part after part, or of half a vector of 256.
-    widths = [int(n) for n in (numbers[1::7] if what == "encode" else numbers[:1])]
+    widths = [int(n) for n in (numbers[1::7] if what in ("encode", "ends") else numbers[:1])]
     found = {"sizes": sizes, "whole": whole, "elements": 128 if widths == [256] else sum(widths)}
-    if what == "encode":
+    if what in ("encode", "ends"):
         found["rows_are_lanes"] = rows_are_lanes(kernel.asm["ttgir"])
     print(json.dumps(found))
 

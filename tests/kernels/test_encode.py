@@ -161,8 +161,13 @@ def test_a_planted_fault_in_sketches_is_seen(right, wrong, interpreted, tmp_path
         (256, ((96, 4), (160, 3)), "oblivious", "unit * 2 + row // 16", "unit * 2 + 1 - row // 16"),
         (256, ((96, 4), (160, 3)), "oblivious", "column // 32 * 32", "column // 32 * 0"),
         (256, ((96, 4), (160, 3)), "oblivious", "FROM - FIRST, UNITS", "FROM - FIRST + 1, UNITS"),
-        # The second part's channels are the first's.
+        # The second part's channels are the first's, in turn and in a loop.
         (128, ((32, 4), (96, 3)), "outlier", "order_ptr + PARTS[0][0], more", "order_ptr, more"),
+        (128, ((64, 3), (64, 2)), "outlier", "order_ptr += PARTS[0][0]", "order_ptr += 0"),
+        # Left out: the first whole block, the last tokens, and the first ones of a block begun before.
+        (64, ((64, 3),), "oblivious", "(first + 31) // 32", "(first + 32) // 32"),
+        (64, ((64, 3),), "oblivious", "first, end - 1)", "first, first)"),
+        (64, ((64, 3),), "oblivious", "first, end - 1)", "end - 1, end - 1)"),
     ],
     ids=str,
 )

@@ -44,7 +44,7 @@ def rotate_alone(x: Tensor, order: Tensor | None, factors: list[Tensor]) -> list
     pairs = [(*pair, None)[:2] for pair in (outs, factors)]
     if order is None:
         x = x.view(torch.int32)
-    rotate_parts[(heads * tokens // 32 * len(parts),)](
+    rotate_parts[(heads * tokens // 32,)](
         x, order, *pairs[0], *pairs[1], tokens // 32, PARTS=tuple(parts), num_warps=1, enable_fp_fusion=False
     )
     return outs
@@ -53,13 +53,13 @@ def rotate_alone(x: Tensor, order: Tensor | None, factors: list[Tensor]) -> list
 @triton.jit
 def _rotate_part(
     rows, order_ptr, out_ptr, factors_ptr, block,
-    WIDTH: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr,
+    WIDTH: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     held = tl.full([32, 1], True, tl.int1)
     out_ptr += block * 32 * WIDTH + tl.arange(0, 32)[:, None] * WIDTH
-    x = vector_of(rows, order_ptr, held, True, WIDTH, M, 32)
+    x = vector_of(rows, order_ptr, held, WIDTH, M, 32, False, True)
     if M == 1:
-        z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS)
+        z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS, LOOP)
         tl.store(out_ptr + tl.arange(0, WIDTH)[None, :], tl.trans(z))
     else:
         SIZE: tl.constexpr = WIDTH // M
@@ -73,7 +73,7 @@ def _rotate_part(
 def rotate_parts(
     x_ptr, order_ptr, out_ptr, more_out_ptr, factors_ptr, more_factors_ptr, blocks, PARTS: tl.constexpr
 ):
-    """Rotate 32 tokens' channels of a part. Program: (head * blocks + block) * parts + part.
+    """Rotate 32 tokens' channels, one part after another. Program: head * blocks + block.
 
     Args:
         x_ptr: (heads, blocks * 32, dim); bfloat16 as int32 where channels are in order.
@@ -85,18 +85,30 @@ def rotate_parts(
         blocks: Of a head.
         PARTS: (width, m, log2(width / m), rounds) of each part; m is 1 or 12.
     """
-    block = (tl.program_id(0) // len(PARTS)).to(tl.int64)
+    block = tl.program_id(0).to(tl.int64)
     DIM: tl.constexpr = PARTS[0][0] + (PARTS[1][0] if len(PARTS) == 2 else 0)
     LOADS: tl.constexpr = DIM // 2 if x_ptr.dtype.element_ty == tl.int32 else DIM
     rows = x_ptr + block * 32 * LOADS + tl.arange(0, 32)[:, None] * LOADS
     if order_ptr is not None:
         order_ptr += block // blocks * DIM
-    if len(PARTS) == 1 or tl.program_id(0) % len(PARTS) == 0:
-        _rotate_part(
-            rows, order_ptr, out_ptr, factors_ptr, block, PARTS[0][0], PARTS[0][1], PARTS[0][2], PARTS[0][3]
-        )
+    # As encoding does: loops where that keeps instructions few enough for the cache of them.
+    if len(PARTS) == 2 and PARTS[0] == PARTS[1]:
+        for _ in tl.range(2, num_stages=1):
+            _rotate_part(
+                rows, order_ptr, out_ptr, factors_ptr, block, PARTS[0][0], PARTS[0][1], PARTS[0][2],
+                PARTS[0][3], False,
+            )  # fmt: skip
+            order_ptr += PARTS[0][0]
+            out_ptr = more_out_ptr
+            factors_ptr = more_factors_ptr
     else:
+        LOOP: tl.constexpr = DIM == 256
         _rotate_part(
-            rows, order_ptr + PARTS[0][0], more_out_ptr, more_factors_ptr, block, PARTS[1][0], PARTS[1][1],
-            PARTS[1][2], PARTS[1][3],
+            rows, order_ptr, out_ptr, factors_ptr, block, PARTS[0][0], PARTS[0][1], PARTS[0][2], PARTS[0][3],
+            LOOP,
         )  # fmt: skip
+        if len(PARTS) == 2:
+            _rotate_part(
+                rows, order_ptr + PARTS[0][0], more_out_ptr, more_factors_ptr, block, PARTS[1][0],
+                PARTS[1][1], PARTS[1][2], PARTS[1][3], LOOP,
+            )  # fmt: skip

@@ -90,20 +90,20 @@ def columns_of(rows, held, FROM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def chosen_of(rows, order_ptr, held, whole, DIM: tl.constexpr):
+def chosen_of(rows, order_ptr, held, DIM: tl.constexpr, WHOLE: tl.constexpr):
     """Channels in the order at order_ptr (uint8) of the rows (ROWS, 1) that are pointed to, 32 at a time.
 
     Args:
         rows: Pointers.
         order_ptr: To the first of DIM channels.
         held: (ROWS, 1): other rows are zeros.
-        whole: Whether all are held.
         DIM: A multiple of 32.
+        WHOLE: Whether all are held.
 
     Returns:
         (32, ROWS) of each: all are asked for before any is used.
     """
-    if whole:
+    if WHOLE:
         found = _loaded(rows, order_ptr, None, DIM)
     else:
         found = _loaded(rows, order_ptr, tl.trans(held), DIM)
@@ -136,8 +136,8 @@ def columns_of_chosen(found, FROM: tl.constexpr, DIM: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def vector_of(
-    rows, order_ptr, held, whole, WIDTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    FOLDED: tl.constexpr = False,
+    rows, order_ptr, held, WIDTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, FOLDED: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Channels of the rows (ROWS, 1) that are pointed to, as `columns`, or as twelve blocks if M is 12.
 
@@ -145,15 +145,15 @@ def vector_of(
         rows: Pointers; to bfloat16 as int32 where channels are in order.
         order_ptr: To the channels' numbers, uint8, or None: in order.
         held: (ROWS, 1): other rows are zeros.
-        whole: Whether all are held.
         WIDTH: M * 2^k.
         M: 1 or 12.
         ROWS: A power of two.
         FOLDED: Whether to take, of every two units of 32 channels, the one that is pointed to; half of WIDTH.
+        WHOLE: Whether all are held.
     """
     THIRD: tl.constexpr = WIDTH // 3
     if order_ptr is not None:
-        found = chosen_of(rows, order_ptr, held, whole, WIDTH)
+        found = chosen_of(rows, order_ptr, held, WIDTH, WHOLE)
         if M == 1:
             x = columns_of_chosen(found, 0, WIDTH, ROWS)
         else:
@@ -189,12 +189,22 @@ def butterflies(x, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def rotate_tile(
-    x, factors_ptr, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr
-):
-    """Rounds of factors and butterflies of the columns of x, (DIM, ROWS) float32."""
-    for k in tl.static_range(ROUNDS):
-        x = x * tl.load(factors_ptr + k * DIM + tl.arange(0, DIM))[:, None]
-        x = butterflies(x, DIM, LOG, ROWS)
+    x, factors_ptr, DIM: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr,
+    LOOP: tl.constexpr = False,
+):  # fmt: skip
+    """Rounds of factors and butterflies of the columns of x, (DIM, ROWS) float32.
+
+    With LOOP, rounds are a loop: one after another they are more instructions than a multiprocessor's cache
+    holds beside others, but then factors are asked for a round at a time.
+    """
+    if LOOP:
+        for _ in tl.range(ROUNDS, num_stages=1):
+            x = butterflies(x * tl.load(factors_ptr + tl.arange(0, DIM))[:, None], DIM, LOG, ROWS)
+            factors_ptr += DIM
+    else:
+        for k in tl.static_range(ROUNDS):
+            x = x * tl.load(factors_ptr + k * DIM + tl.arange(0, DIM))[:, None]
+            x = butterflies(x, DIM, LOG, ROWS)
     return x
 
 
@@ -247,11 +257,7 @@ def rotate_blocks(
     blocks, factors_ptr, SIZE: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr,
     LOOP: tl.constexpr = False,
 ):  # fmt: skip
-    """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order.
-
-    With LOOP, rounds are a loop: one after another they are more instructions than a multiprocessor's cache
-    holds beside others, but then factors are asked for a round at a time.
-    """
+    """As `rotate_tile`, of twelve blocks: after butterflies H_12, whose terms are added in their order."""
     if LOOP:
         for _ in tl.range(ROUNDS, num_stages=1):
             blocks = _round_of_blocks(blocks, factors_ptr, SIZE, LOG, ROWS)

@@ -462,12 +462,12 @@ def _rows_by_lanes(y, at, usual, token, UNITS: tl.constexpr, BITS: tl.constexpr,
 def _store_words(
     words, words_ptr, low, high, sub,
     FIRST: tl.constexpr, TOTAL: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
-    FOLDED: tl.constexpr,
+    FOLDED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write words K, K + 1, ... of each unit from FIRST on, (32, units, words), of a run of TOTAL words.
 
     With more words than a unit has, those of the next follow; those of no unit of the run are left out. Rows
-    are those of `_encode_part`: folded, units of a row are every second one.
+    are those of `_rotated`: folded, units of a row are every second one.
     """
     UNITS: tl.constexpr = words.shape[1]
     COUNT: tl.constexpr = words.shape[2]
@@ -489,20 +489,20 @@ def _store_words(
         rest = tl.where(word < 4 * FOURS + TOTAL % 4 // 2 * 2, in_two, in_one)
         at = words_ptr + tl.where(word < 4 * FOURS, in_fours, rest)
     held = (word >= 0) & (word < TOTAL) & (lane >= 0)
-    if low > 0 or high < 32:
+    if WHOLE:
+        tl.store(at, words, mask=held)
+    else:
         k = k % BITS
         masks = _fresh_nibbles(lane, low, high, BITS) if VALUES else _fresh_rows(lane, k, low, high, BITS)
         if low < high:
             tl.store(at, (tl.load(at, mask=held, other=0) & ~masks) | (words & masks), mask=held)
-    else:
-        tl.store(at, words, mask=held)
 
 
 @triton.jit
 def _encode_run(
     z, words_ptr, thresholds_ptr, usual, low, high, sub,
     FIRST: tl.constexpr, UNITS: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr,
-    FOLDED: tl.constexpr, PTX: tl.constexpr,
+    FOLDED: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Write codes of z, (UNITS * 32, 32 rows), units FIRST, ... of a run of RUN units at words_ptr.
 
@@ -535,28 +535,36 @@ def _encode_run(
             BITS,
             VALUES,
             FOLDED,
+            WHOLE,
         )
     elif BITS == 3:
-        _store_words(word0[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
-        _store_words(word1[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 1, BITS, VALUES, FOLDED)
-        _store_words(word2[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 2, BITS, VALUES, FOLDED)
+        _store_words(
+            word0[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED, WHOLE
+        )
+        _store_words(
+            word1[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 1, BITS, VALUES, FOLDED, WHOLE
+        )
+        _store_words(
+            word2[:, :, None], words_ptr, low, high, sub, FIRST, TOTAL, 2, BITS, VALUES, FOLDED, WHOLE
+        )
     elif BITS == 2:
         words = tl.join(word0, word1)
         if UNITS % 2 == 0 and FIRST % 2 == 0 and not FOLDED:
             words = tl.reshape(words, [32, UNITS // 2, 4])  # four words of a lane lie together
-        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
+        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED, WHOLE)
     else:
         words = word0[:, :, None]
         if UNITS % 4 == 0 and FIRST % 4 == 0 and not FOLDED:
             words = tl.reshape(word0, [32, UNITS // 4, 4])
-        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED)
+        _store_words(words, words_ptr, low, high, sub, FIRST, TOTAL, 0, BITS, VALUES, FOLDED, WHOLE)
 
 
 @triton.jit
 def _encode_units(
     z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub,
     FROM: tl.constexpr, UNITS: tl.constexpr, ALL: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr,
-    OTHER_BITS: tl.constexpr, VALUES: tl.constexpr, FOLDED: tl.constexpr, PTX: tl.constexpr,
+    OTHER_BITS: tl.constexpr, VALUES: tl.constexpr, FOLDED: tl.constexpr, WHOLE: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Write codes of units FROM .. FROM + UNITS - 1 of ALL, of which the FIRST ones are the first run.
 
@@ -567,23 +575,24 @@ def _encode_units(
     APART: tl.constexpr = FOLDED and UNITS == 1 and FIRST == FROM + 1
     if LAST <= FIRST or APART:
         _encode_run(
-            z, words_ptr, thresholds_ptr, usual, low, high, sub, FROM, UNITS, FIRST, BITS, VALUES, FOLDED, PTX
-        )
+            z, words_ptr, thresholds_ptr, usual, low, high, sub, FROM, UNITS, FIRST, BITS, VALUES, FOLDED,
+            WHOLE, PTX,
+        )  # fmt: skip
     if FROM >= FIRST or APART:
         _encode_run(
             z, other_words_ptr, other_thresholds_ptr, usual, low, high, sub, FROM - FIRST, UNITS, ALL - FIRST,
-            OTHER_BITS, VALUES, FOLDED, PTX,
+            OTHER_BITS, VALUES, FOLDED, WHOLE, PTX,
         )  # fmt: skip
     if LAST > FIRST and FROM < FIRST and not APART:
         HALF: tl.constexpr = UNITS // 2
         a, b = tl.split(tl.permute(tl.reshape(z, [2, HALF * 32, 32]), [1, 2, 0]))
         _encode_units(
             a, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub, FROM,
-            HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
+            HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, WHOLE, PTX,
         )  # fmt: skip
         _encode_units(
             b, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub,
-            (FROM + LAST) // 2, HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
+            (FROM + LAST) // 2, HALF, ALL, FIRST, BITS, OTHER_BITS, VALUES, FOLDED, WHOLE, PTX,
         )  # fmt: skip
 
 
@@ -595,62 +604,97 @@ def _joined(a, b, c, d):
 
 
 @triton.jit
-def _encode_part(
-    x_ptr, order_ptr, words_ptr, other_words_ptr, norms_ptr, factors_ptr, thresholds_ptr,
-    other_thresholds_ptr, place, low, high, sub, token_stride,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr, FIRST_UNITS: tl.constexpr,
-    M: tl.constexpr, LOG: tl.constexpr, ROUNDS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+def _rotated(
+    x_ptr, order_ptr, norms_ptr, factors_ptr, low, high, sub, token_stride,
+    PARTS: tl.constexpr, PART: tl.constexpr, WHOLE: tl.constexpr, LOOP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """As `encode_tokens`, the block `place` of all, for the channels of a head that share a norm.
+    """Rotate a block's channels that share a norm, and write the norms.
 
     A row is a token; of 256 channels, rows are folded: 16 tokens' first halves and their second halves.
+
+    Args:
+        x_ptr: The block's first token, if it had one before the first of x.
+        order_ptr: As `encode_tokens`, of the part in this head.
+        norms_ptr: Of the block.
+        factors_ptr: As `encode_tokens`.
+        low: First token of the block that is written.
+        high: The end of them.
+        sub: Which half of the tokens, if rows are folded.
+        token_stride: Of x.
+        PARTS: As `encode_tokens`.
+        PART: The number of this one.
+        WHOLE: Whether all tokens are written.
+        LOOP: Whether rounds are a loop: those of twelve blocks always are.
+        PTX: As `encode_tokens`.
+
+    Returns:
+        Columns (width, 32 rows), or twelve blocks of them; what to multiply them by, and whether norms are
+        numbers, (32 rows,).
     """
-    UNITS: tl.constexpr = WIDTH // 32
-    RUN: tl.constexpr = FIRST_UNITS if OTHER_BITS > 0 else UNITS
+    WIDTH: tl.constexpr = PARTS[PART][0]
+    M: tl.constexpr = PARTS[PART][4]
+    LOG: tl.constexpr = PARTS[PART][5]
+    ROUNDS: tl.constexpr = PARTS[PART][6]
     FOLDED: tl.constexpr = WIDTH == 256
     row = tl.arange(0, 32)
     token = sub * 16 + row % 16 if FOLDED else row
     fresh = (token >= low) & (token < high)
-    held, whole = fresh[:, None], (low == 0) & (high == 32)
     x_ptr += token[:, None] * token_stride
     if FOLDED:
         x_ptr += (row // 16 * (16 if x_ptr.dtype.element_ty == tl.int32 else 32))[:, None]
-    x = vector_of(x_ptr, order_ptr, held, whole, WIDTH, M, 32, FOLDED)
+    x = vector_of(x_ptr, order_ptr, fresh[:, None], WIDTH, M, 32, FOLDED, WHOLE)
     if FOLDED:
         squares = tl.sum(tl.reshape(x * x, [2, 64, 32]), 0)
         squares = _with_other_half(tl.sum(tl.reshape(squares, [2, 32, 32]), 0), PTX)
         total = sum_of_squares(squares, 32, 5, 32, SQUARES=True)
-        z = _rotate_folded(x, factors_ptr, ROUNDS, PTX)
     elif M == 1:
         total = sum_of_squares(x, WIDTH, LOG, 32)
-        z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS)
     else:
-        SIZE: tl.constexpr = WIDTH // M
-        total = sum_of_squares_of_blocks(x, SIZE, LOG, 32)
-        z = rotate_blocks(x, factors_ptr, SIZE, LOG, 32, ROUNDS, LOOP=True)
+        total = sum_of_squares_of_blocks(x, WIDTH // M, LOG, 32)
     norm = tl.sqrt_rn(total)
     half = norm.to(tl.float16)  # NaN where that cannot hold it, as in `codec`
     half = tl.where(half < float("inf"), half, float("nan"))
-    tl.store(norms_ptr + place * 32 + token, half, mask=fresh & (row < (16 if FOLDED else 32)))
+    # Before x is rotated: left for later, the sum would keep x in registers beside what it becomes.
+    tl.store(norms_ptr + token, half, mask=fresh & (row < (16 if FOLDED else 32)))
+    if FOLDED:
+        z = _rotate_folded(x, factors_ptr, ROUNDS, PTX)
+    elif M == 1:
+        z = rotate_tile(x, factors_ptr, WIDTH, LOG, 32, ROUNDS, LOOP)
+    else:
+        z = rotate_blocks(x, factors_ptr, WIDTH // M, LOG, 32, ROUNDS, LOOP=True)
     root = tl.full([32], WIDTH**0.5, tl.float32)
-    factor = tl.where(total > 1e-25, tl.div_rn(root, norm), 0.0)[None, :]
-    usual = total < float("inf")
+    factor = tl.where(total > 1e-25, tl.div_rn(root, norm), 0.0)
+    return z, factor, total < float("inf")
+
+
+@triton.jit
+def _encode_part(
+    z, factor, usual, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, place, low, high, sub,
+    PARTS: tl.constexpr, PART: tl.constexpr, VALUES: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Write codes of what `_rotated` returned, of the block `place` of all, in one run or two."""
+    WIDTH: tl.constexpr = PARTS[PART][0]
+    UNITS: tl.constexpr = WIDTH // 32
+    BITS: tl.constexpr = PARTS[PART][1]
+    OTHER_BITS: tl.constexpr = PARTS[PART][2]
+    RUN: tl.constexpr = PARTS[PART][3]
+    M: tl.constexpr = PARTS[PART][4]
     words_ptr += place * (RUN * 32 * BITS)
     if OTHER_BITS > 0:
         other_words_ptr += place * ((UNITS - RUN) * 32 * OTHER_BITS)
+    # Adding +0 keeps all but -0, which is not below the threshold 0.
     if M == 1:
-        # Adding +0 keeps all but -0, which is not below the threshold 0.
-        z = tl.fma(z, tl.broadcast_to(factor, z.shape), 0.0)
+        z = tl.fma(z, tl.broadcast_to(factor[None, :], z.shape), 0.0)
         _encode_units(
             z, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high, sub, 0,
-            min(UNITS, 4), UNITS, RUN, BITS, OTHER_BITS, VALUES, FOLDED, PTX,
+            min(UNITS, 4), UNITS, RUN, BITS, OTHER_BITS, VALUES, WIDTH == 256, WHOLE, PTX,
         )  # fmt: skip
     else:
         for unit in tl.static_range(UNITS):
-            part = tl.fma(unit_of(z, unit, SIZE, 32), tl.broadcast_to(factor, [32, 32]), 0.0)
+            one = tl.fma(unit_of(z, unit, WIDTH // M, 32), tl.broadcast_to(factor[None, :], [32, 32]), 0.0)
             _encode_units(
-                part, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high,
-                sub, unit, 1, UNITS, RUN, BITS, OTHER_BITS, VALUES, False, PTX,
+                one, words_ptr, other_words_ptr, thresholds_ptr, other_thresholds_ptr, usual, low, high,
+                sub, unit, 1, UNITS, RUN, BITS, OTHER_BITS, VALUES, False, WHOLE, PTX,
             )  # fmt: skip
 
 
@@ -689,14 +733,15 @@ def encode_tokens(
     x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, more_norms_ptr, factors_ptr, more_factors_ptr,
     thresholds_ptr, more_thresholds_ptr, start_ptr, encoded_ptr, start, encoded, count, blocks, heads,
     touched, row_stride, head_stride, token_stride,
-    PARTS: tl.constexpr, VALUES: tl.constexpr, STRIDE: tl.constexpr, PTX: tl.constexpr,
+    PARTS: tl.constexpr, VALUES: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Encode tokens start .. start + count - 1 of all heads, but none below `encoded`.
 
     Program ((batch * heads + head) * touched + number of the block among those touched) * pieces + piece: the
     channels of a head that share a norm are a part, or two, which a program takes one after another, so that
     all run the same instructions at about the same time. Of 256 channels under one norm, a piece is half of
-    the tokens; else all is one.
+    the tokens; else all is one. Blocks of which all tokens are new are of one launch, those at the ends, of
+    which some are not, of another: what is only for the latter would take registers from the former.
 
     Args:
         x_ptr: (batch, heads, count, dim) by its strides, a vector's coordinates side by side; bfloat16 in
@@ -717,7 +762,7 @@ def encode_tokens(
         count: Tokens of x.
         blocks: Blocks a head has room for; tokens beyond are left out.
         heads: Of a batch row.
-        touched: Blocks that tokens can lie in.
+        touched: Blocks of a head: all that can be WHOLE, or two, at the beginning and at the end.
         row_stride: Of x, in elements.
         head_stride: Of x.
         token_stride: Of x.
@@ -726,6 +771,7 @@ def encode_tokens(
         VALUES: Whether words are laid out as values are.
         STRIDE: What token_stride is, where channels are chosen: their addresses are constants then. None: not
             known.
+        WHOLE: Whether to encode blocks of which all tokens are new, or the others.
         PTX: Whether to quantise by instructions of the device, which the interpreter does not know.
     """
     PIECES: tl.constexpr = 2 if PARTS[0][0] == 256 else 1
@@ -735,30 +781,72 @@ def encode_tokens(
         start = tl.load(start_ptr)
     if encoded_ptr is not None:
         encoded = tl.load(encoded_ptr)
-    block = start // 32 + program % touched
-    # The tokens of this block that are written; none where numbers are negative, or beyond the room.
-    low = tl.maximum(tl.maximum(start, encoded) - block * 32, 0).to(tl.int32)
-    high = tl.minimum(tl.minimum(start + count, blocks * 32) - block * 32, 32).to(tl.int32)
+    first = tl.maximum(tl.maximum(start, encoded), 0).to(tl.int64)  # that is written, and the end of them
+    end = tl.minimum(start + count, blocks * 32).to(tl.int64)
+    if WHOLE:
+        block = (first + 31) // 32 + program % touched
+    else:
+        block = tl.where(program % touched == 0, first, end - 1) // 32
+    low = tl.maximum(first - block * 32, 0).to(tl.int32)
+    high = tl.minimum(end - block * 32, 32).to(tl.int32)
     if STRIDE is not None:
         token_stride = STRIDE
-    before = (block * 32 - start).to(tl.int64) * token_stride
-    x_ptr += head // heads * row_stride + head % heads * head_stride + before
-    place = head * blocks + block
-    if len(PARTS) == 1:
-        _encode_part(
-            x_ptr, order_ptr, words_ptr, more_words_ptr, norms_ptr, factors_ptr, thresholds_ptr,
-            more_thresholds_ptr, place, low, high, sub, token_stride, PARTS[0][0], PARTS[0][1], PARTS[0][2],
-            PARTS[0][3], PARTS[0][4], PARTS[0][5], PARTS[0][6], VALUES, PTX,
-        )  # fmt: skip
+    if WHOLE:
+        mine = high == 32
     else:
-        order_ptr += head % heads * (PARTS[0][0] + PARTS[1][0])
-        _encode_part(
-            x_ptr, order_ptr, words_ptr, None, norms_ptr, factors_ptr, thresholds_ptr, None, place, low,
-            high, sub, token_stride, PARTS[0][0], PARTS[0][1], 0, PARTS[0][3], PARTS[0][4], PARTS[0][5],
-            PARTS[0][6], VALUES, PTX,
-        )  # fmt: skip
-        _encode_part(
-            x_ptr, order_ptr + PARTS[0][0], more_words_ptr, None, more_norms_ptr, more_factors_ptr,
-            more_thresholds_ptr, None, place, low, high, sub, token_stride, PARTS[1][0], PARTS[1][1], 0,
-            PARTS[1][3], PARTS[1][4], PARTS[1][5], PARTS[1][6], VALUES, PTX,
-        )  # fmt: skip
+        again = (program % touched == 1) & (first // 32 == block)
+        mine = (low < high) & ((low > 0) | (high < 32)) & ~again
+    if mine:
+        before = (block * 32 - start).to(tl.int64) * token_stride
+        x_ptr += head // heads * row_stride + head % heads * head_stride + before
+        place = head * blocks + block
+        norms_ptr += place * 32
+        if order_ptr is not None:
+            order_ptr += head % heads * (PARTS[0][0] + PARTS[1][0])
+            more_norms_ptr += place * 32
+        if len(PARTS) == 1:
+            z, factor, usual = _rotated(
+                x_ptr, None, norms_ptr, factors_ptr, low, high, sub, token_stride, PARTS, 0, WHOLE, False, PTX
+            )
+            _encode_part(
+                z, factor, usual, words_ptr, more_words_ptr, thresholds_ptr, more_thresholds_ptr, place, low,
+                high, sub, PARTS, 0, VALUES, WHOLE, PTX,
+            )  # fmt: skip
+        elif PARTS[0][0] == PARTS[1][0] and PARTS[0][6] == PARTS[1][6]:
+            for part in tl.range(2, num_stages=1):
+                z, factor, usual = _rotated(
+                    x_ptr, order_ptr, norms_ptr, factors_ptr, low, high, sub, token_stride, PARTS, 0, WHOLE,
+                    False, PTX,
+                )  # fmt: skip
+                if part == 0:
+                    _encode_part(
+                        z, factor, usual, words_ptr, None, thresholds_ptr, None, place, low, high, sub,
+                        PARTS, 0, VALUES, WHOLE, PTX,
+                    )  # fmt: skip
+                else:
+                    _encode_part(
+                        z, factor, usual, more_words_ptr, None, more_thresholds_ptr, None, place, low, high,
+                        sub, PARTS, 1, VALUES, WHOLE, PTX,
+                    )  # fmt: skip
+                order_ptr += PARTS[0][0]
+                norms_ptr = more_norms_ptr
+                factors_ptr = more_factors_ptr
+        else:
+            # So that the cache of instructions suffices.
+            LOOP: tl.constexpr = PARTS[0][0] + PARTS[1][0] == 256
+            z, factor, usual = _rotated(
+                x_ptr, order_ptr, norms_ptr, factors_ptr, low, high, sub, token_stride, PARTS, 0, WHOLE, LOOP,
+                PTX,
+            )  # fmt: skip
+            _encode_part(
+                z, factor, usual, words_ptr, None, thresholds_ptr, None, place, low, high, sub, PARTS, 0,
+                VALUES, WHOLE, PTX,
+            )  # fmt: skip
+            z, factor, usual = _rotated(
+                x_ptr, order_ptr + PARTS[0][0], more_norms_ptr, more_factors_ptr, low, high, sub,
+                token_stride, PARTS, 1, WHOLE, LOOP, PTX,
+            )  # fmt: skip
+            _encode_part(
+                z, factor, usual, more_words_ptr, None, more_thresholds_ptr, None, place, low, high, sub,
+                PARTS, 1, VALUES, WHOLE, PTX,
+            )  # fmt: skip

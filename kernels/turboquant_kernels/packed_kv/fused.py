@@ -154,7 +154,7 @@ def encode(
     if group.sketch is not None:
         signs, lengths_of_residuals = words[-1], norms[-1]
         words, norms = words[:-1], norms[:-1]
-    pairs = chain.from_iterable((*x, None)[:2] for x in (words, norms, factors, thresholds))
+    pairs = list(chain.from_iterable((*x, None)[:2] for x in (words, norms, factors, thresholds)))
     if x.stride(-1) != 1:
         x = x.contiguous()
     batch, heads, count, _ = x.shape
@@ -163,20 +163,26 @@ def encode(
         x = (x if even else x.contiguous()).view(torch.int32)
     lengths = [n if isinstance(n, Tensor) else None for n in (start, encoded)]
     numbers = [0 if isinstance(n, Tensor) else n for n in (start, encoded)]
-    touched = (count + BLOCK - 2) // BLOCK + 1
-    if isinstance(start, int):
-        touched = -(-(start + count) // BLOCK) - start // BLOCK
     pieces = 2 if parts[0][0] == 256 else 1
-    encode_tokens[(batch * heads * touched * pieces,)](
-        x, codec.order, *pairs, *lengths, *numbers, count, words[0].shape[2], heads, touched, *x.stride()[:3],
-        PARTS=parts, VALUES=side == "value", STRIDE=None if codec.order is None else x.stride(2),
-        PTX=x.is_cuda, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    known = isinstance(start, int) and isinstance(encoded, int)
+    aligned = known and max(start, encoded) % BLOCK == 0 and (start + count) % BLOCK == 0
+    # Whole blocks, and the two at the ends that need not be.
+    for touched, whole in ((count // BLOCK, True), (0 if aligned else 2, False)):
+        if touched > 0:
+            encode_tokens[(batch * heads * touched * pieces,)](
+                x, codec.order, *pairs, *lengths, *numbers, count, words[0].shape[2], heads, touched,
+                *x.stride()[:3], PARTS=parts, VALUES=side == "value",
+                STRIDE=None if codec.order is None else x.stride(2), WHOLE=whole, PTX=x.is_cuda, num_warps=1,
+                enable_fp_fusion=False,
+            )  # fmt: skip
     if group.sketch is not None:
         from turboquant_kernels.packed_kv.sketched import BLOCKS, sketch_tokens
 
         width, bits, *_, m, log, rounds = parts[0]
         at_once = BLOCKS // (width // 128 or 1)
+        touched = (count + BLOCK - 2) // BLOCK + 1
+        if isinstance(start, int):
+            touched = -(-(start + count) // BLOCK) - start // BLOCK
         programs = -(-touched // at_once)
         sketch_tokens[(batch * heads * programs,)](
             x, signs, lengths_of_residuals, factors[0], thresholds[0], group.coded[0].levels,
