@@ -247,6 +247,23 @@ def test_the_command_says_what_it_needs(monkeypatch):
     assert "backend must be one of auto, gluon, triton, torch, not 'cuda'" in done.output
 
 
+@pytest.mark.parametrize("options", [(), ("--markdown",)])
+def test_a_table_in_a_file_is_not_cut(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("turboquant.models.load.load_model", lambda *_, **__: [None])
+    monkeypatch.setattr(decode_step, "arms_for", lambda _: decode_step.ARMS)
+    arms = [arm.name for arm in decode_step.ARMS]
+    found = [
+        decode_step.Step(1, 32768, arm, "NVIDIA H200", [7.25], 10**9, 2 * 10**10, "gluon") for arm in arms
+    ]
+    monkeypatch.setattr(decode_step, "measure", lambda *_, **__: found)
+    shown = CliRunner().invoke(app, ["speed", *options], env={"COLUMNS": "80", "TERM": "dumb"}).output
+    assert "…" not in shown
+    lines = shown.splitlines()
+    for arm in arms:
+        assert any(arm in line and " 7.25 " in line for line in lines)
+
+
 def test_help_has_an_example():
     assert "Example: turboquant speed --" in speed("--help").output
 

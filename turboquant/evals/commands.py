@@ -385,8 +385,9 @@ def speed(
                 backend=backend,
                 prompt=_prompt(prompt),
             )
-            shown = decode_step.table(found, markdown)
-            _out.print(shown, width=300 if markdown else None)
+            # A shell's width is its own; a file, and Markdown, have room for whole words.
+            console = Console(width=300) if markdown or not _out.is_terminal else _out
+            console.print(decode_step.table(found, markdown))
             lines += [json_module.dumps(dataclasses.asdict(step)) + "\n" for step in found]
             failed += [step for step in found if step.failed and step.arm.startswith("ours")]
             if json is not None:
