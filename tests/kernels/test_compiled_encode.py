@@ -12,8 +12,8 @@ from interpreted import NEEDS_TRITON
 pytestmark = NEEDS_TRITON
 
 # Instructions a coordinate, within 10 %, of those 21 additions and 3 products of the rotation's own
-# (8 and 1 at 256, 14 and 1 at 96, where its rounds are a loop), and tails of blocks, which are seldom run;
-# of a sketch, 32 of its signs.
+# (8 and 1 at 256, 14 and 1 at 96, where its rounds are a loop); "ends" are of blocks that are not whole; of
+# a sketch, 32 of its signs.
 WHOLE = (128, 4, 0, 4, 1, 7, 3)
 OUTLIERS = (1, 32, 4, 0, 1, 1, 5, 3, 96, 3, 0, 3, 12, 3, 3)
 EQUAL = (1, 128, 4, 0, 4, 1, 7, 3, 128, 3, 0, 4, 1, 7, 3)

@@ -103,22 +103,13 @@ def chosen_of(rows, order_ptr, held, DIM: tl.constexpr, WHOLE: tl.constexpr):
     Returns:
         (32, ROWS) of each: all are asked for before any is used.
     """
-    if WHOLE:
-        found = _loaded(rows, order_ptr, None, DIM)
-    else:
-        found = _loaded(rows, order_ptr, tl.trans(held), DIM)
-    return found
-
-
-@triton.jit
-def _loaded(rows, order_ptr, mask, DIM: tl.constexpr):
     # Lanes over channels, so that they read one row together, not a number each of 32; and no more channels
     # than lanes, so that `columns` has them change places.
     found = ()
     for i in tl.static_range(DIM // 32):
         channel = tl.load(order_ptr + i * 32 + tl.arange(0, 32)).to(tl.int32)
         at = tl.trans(rows) + channel[:, None]
-        found = found + ((tl.load(at) if mask is None else tl.load(at, mask=mask, other=0)),)
+        found = found + ((tl.load(at) if WHOLE else tl.load(at, mask=tl.trans(held), other=0)),)
     return found
 
 

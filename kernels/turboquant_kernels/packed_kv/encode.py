@@ -801,7 +801,7 @@ def encode_tokens(
         x_ptr += head // heads * row_stride + head % heads * head_stride + before
         place = head * blocks + block
         norms_ptr += place * 32
-        if order_ptr is not None:
+        if len(PARTS) == 2:
             order_ptr += head % heads * (PARTS[0][0] + PARTS[1][0])
             more_norms_ptr += place * 32
         if len(PARTS) == 1:
